@@ -1,0 +1,132 @@
+"""Walking a jaxpr: one interpreter for the readers and the evaluators.
+
+Only public JAX (`jax.extend.core`): it has to run on many releases.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.extend import core as jex
+
+# Equations that hold a program of their own and call it once, on their
+# operands, without a meaning of their own for derivatives.
+_CALLS = ('jit', 'pjit', 'closed_call', 'core_call', 'call')
+_REMAT = ('checkpoint', 'remat', 'remat2')
+
+Rule = Callable[[jex.JaxprEqn, list[Any]], Sequence[Any]]
+
+
+def run(
+  jaxpr: jex.Jaxpr, consts: Sequence[Any], args: Sequence[Any], rule: Rule
+) -> list[Any]:
+  """Evaluates a jaxpr, with `rule(eqn, operands)` giving every equation's results.
+
+  Values are dropped after their last use, as a program would.
+  """
+  env = {}
+  last_use = {}
+  for i, eqn in enumerate(jaxpr.eqns):
+    for v in eqn.invars:
+      if not isinstance(v, jex.Literal):
+        last_use[v] = i
+  for v in jaxpr.outvars:
+    if not isinstance(v, jex.Literal):
+      last_use[v] = len(jaxpr.eqns)
+
+  def read(v):
+    return v.val if isinstance(v, jex.Literal) else env[v]
+
+  env.update(zip(jaxpr.constvars, consts, strict=True))
+  env.update(zip(jaxpr.invars, args, strict=True))
+  for i, eqn in enumerate(jaxpr.eqns):
+    env.update(
+      zip(eqn.outvars, rule(eqn, [read(v) for v in eqn.invars]), strict=True)
+    )
+    for v in {v for v in eqn.invars if not isinstance(v, jex.Literal)}:
+      if last_use[v] == i:
+        del env[v]
+  return [read(v) for v in jaxpr.outvars]
+
+
+def bind(eqn: jex.JaxprEqn, operands: Sequence[Any]) -> list[Any]:
+  """Evaluates one equation, unchanged, on new operands.
+
+  The equation is wrapped as a program, because how a primitive is bound to its
+  parameters changes from release to release.
+  """
+  by_var = {
+    v: x
+    for v, x in zip(eqn.invars, operands, strict=True)
+    if not isinstance(v, jex.Literal)
+  }
+  program = jex.Jaxpr((), list(by_var), eqn.outvars, [eqn], eqn.effects)
+  return jex.jaxpr_as_fun(jex.ClosedJaxpr(program, ()))(*by_var.values())
+
+
+def called(eqn: jex.JaxprEqn) -> jex.ClosedJaxpr | None:
+  """The program of an equation that calls one once (jit and the like)."""
+  if eqn.primitive.name not in _CALLS:
+    return None
+  return closed(eqn.params.get('jaxpr', eqn.params.get('call_jaxpr')))
+
+
+def rematerialised(eqn: jex.JaxprEqn) -> jex.ClosedJaxpr | None:
+  """The program of a `jax.checkpoint` equation."""
+  if eqn.primitive.name not in _REMAT:
+    return None
+  return closed(eqn.params['jaxpr'])
+
+
+def custom_derivative(eqn: jex.JaxprEqn) -> jex.ClosedJaxpr | None:
+  """The primal program of a `custom_jvp` or `custom_vjp` equation."""
+  if not eqn.primitive.name.startswith('custom_'):
+    return None
+  program = eqn.params.get('call_jaxpr', eqn.params.get('fun_jaxpr'))
+  return None if program is None else closed(program)
+
+
+def closed(jaxpr: jex.Jaxpr | jex.ClosedJaxpr) -> jex.ClosedJaxpr:
+  """A `ClosedJaxpr` of either kind."""
+  return jaxpr if hasattr(jaxpr, 'consts') else jex.ClosedJaxpr(jaxpr, ())
+
+
+def trace(fn: Callable[..., Any], args: tuple, kwargs: dict, is_leaf=None):
+  """Traces `fn(*args, **kwargs)`, with what is not an array held as it is.
+
+  Args:
+    fn: any JAX function.
+    args: pytrees. A leaf that has a shape and a dtype is traced, whatever else
+      there is (flags, names, functions) stays what it is.
+    kwargs: likewise.
+    is_leaf: of nodes that stand for an array and have its shape and dtype.
+
+  Returns:
+    The `ClosedJaxpr`, the leaves that are its arguments, by their position
+    among the leaves of `(args, kwargs)`, and the tree of what fn returns.
+  """
+  leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf)
+  dynamic = {i: x for i, x in enumerate(leaves) if _is_array(x)}
+
+  def flat(*arrays):
+    filled = list(leaves)
+    for i, x in zip(dynamic, arrays, strict=True):
+      filled[i] = x
+    args, kwargs = jax.tree.unflatten(treedef, filled)
+    return fn(*args, **kwargs)
+
+  shapes = [_shape_of(x, is_leaf) for x in dynamic.values()]
+  jaxpr, out = jax.make_jaxpr(flat, return_shape=True)(*shapes)
+  return jaxpr, dynamic, jax.tree.structure(out)
+
+
+def _shape_of(x, is_leaf):
+  """What `make_jaxpr` is given: a node that stands for an array, as shape."""
+  if is_leaf is not None and is_leaf(x):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+  return x
+
+
+def _is_array(x: Any) -> bool:
+  # NumPy arrays are as good as traced values to a JAX function.
+  return hasattr(x, 'shape') and hasattr(x, 'dtype')

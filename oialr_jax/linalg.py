@@ -1,0 +1,107 @@
+"""Singular value decompositions, as the transforms need them.
+
+Batches of matrices `[b, m, n]`, float32 or wider, traceable. Matrices of equal
+shapes are decomposed in one batched call, which is what an accelerator needs.
+"""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+
+from oialr_jax import lowrank
+
+Array = jax.Array
+
+
+def svd(w: Array) -> tuple[Array, Array, Array]:
+  """Thin SVD with signs made unique: `u [b, m, k], s [b, k], vt [b, k, n]`.
+
+  In every column of U the entry of the largest magnitude is positive, so that
+  the SVD of a sorted diagonal is the identity and devices agree.
+  """
+  u, s, vt = jnp.linalg.svd(w, full_matrices=False)
+  largest = jnp.argmax(jnp.abs(u), axis=-2, keepdims=True)
+  sign = jnp.where(jnp.take_along_axis(u, largest, axis=-2) < 0, -1, 1)
+  sign = sign.astype(u.dtype)
+  return u * sign, s, vt * jnp.swapaxes(sign, -1, -2)
+
+
+def svd_live(s: Array, live: Array) -> tuple[Array, Array, Array]:
+  """SVD of sigma's live block, as matrices of sigma's full size.
+
+  The pruned directions `~live [b, r]` are the last ones, and stay so: singular
+  vectors of tiny singular values must not mix with them. They are given the
+  largest singular values for the decomposition, then rolled to the end.
+  """
+  r = s.shape[-1]
+  both = live[:, :, None] & live[:, None, :]
+  s = jnp.where(both, s, 0)
+  top = 2 * jnp.linalg.norm(s, axis=(-2, -1), keepdims=True)
+  pad = jnp.where(live, 0, 1)[:, :, None] * jnp.eye(r, dtype=s.dtype)
+  u, sv, vt = svd(s + pad * jnp.where(top > 0, top, 1))
+  dropped = r - jnp.sum(live, axis=-1, keepdims=True)
+  order = (jnp.arange(r) + dropped) % r
+  keep = jnp.arange(r) < r - dropped
+  u = jnp.take_along_axis(u, order[:, None, :], axis=-1)
+  vt = jnp.take_along_axis(vt, order[:, :, None], axis=-2)
+  sv = jnp.take_along_axis(sv, order, axis=-1)
+  return (
+    jnp.where(keep[:, None, :], u, 0),
+    jnp.where(keep, sv, 0),
+    jnp.where(keep[:, :, None], vt, 0),
+  )
+
+
+def polar(w: Array) -> Array:
+  """The orthogonal polar factor U V^T of `w [b, m, n]`."""
+  u, s, vt = svd(w)
+  # A direction with no length has no basis: it counts as pruned.
+  found = s > s[:, :1] * jnp.finfo(s.dtype).eps
+  return lowrank.matmul(jnp.where(found[:, None, :], u, 0), vt)
+
+
+def drift(u: Array) -> Array:
+  """max |U^T U - I| over the live columns of `u [b, m, r]`, as `[b]`."""
+  gram = lowrank.matmul(lowrank.transpose(u), u)
+  eye = jnp.eye(u.shape[-1], dtype=u.dtype) * lowrank.live(u)[:, None, :]
+  return jnp.max(jnp.abs(gram - eye), axis=(-2, -1), initial=0)
+
+
+def qr_live(u: Array) -> tuple[Array, Array]:
+  """QR with pruned columns left at zero: `q [b, m, r], triangle [b, r, r]`."""
+  q, triangle = jnp.linalg.qr(u)
+  live = lowrank.live(u)
+  return (
+    jnp.where(live[:, None, :], q, 0),
+    jnp.where(live[:, :, None], triangle, 0),
+  )
+
+
+def by_shape(
+  f: Callable[..., tuple[Array, ...]],
+  operands: Mapping[str, tuple[Array, ...]],
+) -> dict[str, tuple[Array, ...]]:
+  """Calls f once for all the operands of equal shapes, joined along axis 0.
+
+  Args:
+    f: from arrays `[b, ...]` to a tuple of arrays `[b, ...]`.
+    operands: per path, the arguments of f; the same b in all of them.
+
+  Returns:
+    Per path, what f returned for its part of the batch.
+  """
+  groups = {}
+  for path, arrays in operands.items():
+    key = tuple((a.shape[1:], str(a.dtype)) for a in arrays)
+    groups.setdefault(key, []).append(path)
+  results = {}
+  for paths in groups.values():
+    joined = [jnp.concatenate(xs) for xs in zip(*(operands[p] for p in paths))]
+    out = f(*joined)
+    start = 0
+    for path in paths:
+      stop = start + operands[path][0].shape[0]
+      results[path] = tuple(x[start:stop] for x in out)
+      start = stop
+  return {path: results[path] for path in operands}

@@ -1,0 +1,406 @@
+"""When what happens to which layers: the schedule, its events, their doing.
+
+Steps are optimiser steps; an event of step t happens after t of them, before
+the next. The first event is the transition, the others are updates, `every`
+steps apart (paper, Section 3). `Schedule.event` only reads; `apply_event` is
+the pure function that does what the event says.
+"""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from oialr_jax import layers as layers_lib
+from oialr_jax import lowrank
+from oialr_jax import metrics
+from oialr_jax import optimizer
+from oialr_jax import transforms
+from oialr_jax import tree
+
+Array = jax.Array
+PyTree = Any
+Layers = Sequence[layers_lib.Layer]
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+  """Something that happens to the parameters between two steps.
+
+  Attributes:
+    step: optimiser steps done so far.
+    index: 0 for the transition, then 1, 2, ... for the updates.
+    last_transition: every layer that is still dense becomes low-rank now.
+    share: the share of the layers, from the back, whose bases are updated.
+  """
+
+  step: int
+  index: int
+  last_transition: bool
+  share: float
+
+  @property
+  def kind(self) -> str:
+    return 'transition' if self.index == 0 else 'update'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Schedule:
+  """The schedule of OIALR over a run, validated when it is built.
+
+  Attributes:
+    steps: length of the run.
+    delay: the step of the transition: an int of steps, or a float in [0, 1),
+      the share of the run (paper: 1/3). 0 starts low-rank.
+    every: steps between updates, nu of the paper.
+    cutoff: relative to the largest singular value, beta of the paper.
+    max_drop: the largest share of a layer's directions that one update drops.
+    floor: the share of min(m, n) below which no rank falls.
+    progressive: updates take in the last `progressive` of the layers first and
+      as many more each time; 1 takes all at once.
+    prune_at_transition: prune the layers in the transition's share at once.
+    rank: fixed-rank mode: the rank (int) or share of min(m, n) (float) from the
+      transition on; bases are still updated, nothing is pruned.
+    last: no updates after this step (None: until the end).
+    stability: transition by measurement: a layer goes low-rank when its
+      stability over `every` steps is at least this, from `delay` on.
+    latest: with `stability`, the step (or share) at which the others follow.
+    keep_first: keep the first layer full-rank, see `select`.
+    keep_last: keep the last layer full-rank, see `select`.
+    policy: what becomes of the optimiser's state, see `transport`.
+
+  Raises:
+    ValueError: a value is out of range, or two contradict each other.
+  """
+
+  steps: int
+  delay: int | float = 1 / 3
+  every: int = 500
+  cutoff: float = 0.1
+  max_drop: float = 0.5
+  floor: float = 0.01
+  progressive: float = 0.1
+  prune_at_transition: bool = False
+  rank: int | float | None = None
+  last: int | None = None
+  stability: float | None = None
+  latest: int | float = 0.5
+  keep_first: bool = False
+  keep_last: bool = True
+  policy: str = optimizer.TRANSPORT
+
+  def __post_init__(self):
+    if self.steps < 1:
+      raise ValueError(f'steps={self.steps}: must be at least 1.')
+    if self.every < 1:
+      raise ValueError(f'every={self.every}: must be at least 1 step.')
+    self._resolve('delay')
+    transforms.check_fraction('cutoff', self.cutoff)
+    transforms.check_fraction('max_drop', self.max_drop, upper_open=False)
+    transforms.check_fraction('floor', self.floor, lower_open=False)
+    transforms.check_fraction('progressive', self.progressive, upper_open=False)
+    if self.last is not None and self.last < self.delay_steps:
+      raise ValueError(
+        f'last={self.last}: is before the transition at step '
+        f'{self.delay_steps}.'
+      )
+    if self.stability is not None:
+      transforms.check_fraction('stability', self.stability)
+      self._resolve('latest')
+      if self.latest_steps < self.delay_steps + self.every:
+        raise ValueError(
+          f'latest={self.latest}: stability is measured over {self.every} '
+          f'steps from step {self.delay_steps} on; latest must be at least '
+          f'{self.delay_steps + self.every}.'
+        )
+    if self.rank is not None and self.prune_at_transition:
+      raise ValueError(
+        f'rank={self.rank} fixes the rank, but prune_at_transition=True '
+        'prunes; drop one of the two.'
+      )
+    if self.policy not in optimizer.POLICIES:
+      raise ValueError(
+        f'policy={self.policy!r}: must be one of '
+        f'{", ".join(optimizer.POLICIES)}.'
+      )
+
+  @classmethod
+  def paper(cls, steps: int, **changes: Any) -> 'Schedule':
+    """The paper's Algorithm 1: d = T/3, all layers at every update."""
+    return cls(**(dict(steps=steps, cutoff=0.15, progressive=1.0) | changes))
+
+  @classmethod
+  def reference(cls, steps: int, **changes: Any) -> 'Schedule':
+    """What the published code does (see D1-D4 in BUILD_NOTES.md).
+
+    Pruning starts at the transition, with the last tenth of the layers, and
+    moments are zeroed and sliced instead of transported.
+    """
+    preset = dict(
+      steps=steps,
+      prune_at_transition=True,
+      policy=optimizer.REFERENCE,
+    )
+    return cls(**(preset | changes))
+
+  @property
+  def delay_steps(self) -> int:
+    return self._resolve('delay')
+
+  @property
+  def latest_steps(self) -> int:
+    return self._resolve('latest')
+
+  def event(self, step: int) -> Event | None:
+    """What happens after `step` optimiser steps, or None.
+
+    Raises:
+      ValueError: step is negative.
+    """
+    if step < 0:
+      raise ValueError(f'step={step}: must not be negative.')
+    since = step - self.delay_steps
+    if since < 0 or since % self.every or step >= self.steps:
+      return None
+    if self.last is not None and step > self.last:
+      return None
+    index = since // self.every
+    return Event(
+      step=step,
+      index=index,
+      last_transition=self.stability is None or step >= self.latest_steps,
+      share=min(1.0, self.progressive * (index + 1)),
+    )
+
+  def events(self) -> tuple[Event, ...]:
+    """All events of the run, in order."""
+    steps = range(self.delay_steps, self.steps, self.every)
+    return tuple(e for e in map(self.event, steps) if e is not None)
+
+  def _resolve(self, name: str) -> int:
+    """A number of steps from an int of steps or a share of the run."""
+    value = getattr(self, name)
+    share = isinstance(value, float)
+    if not (0 <= value < 1 if share else 0 <= value < self.steps):
+      raise ValueError(
+        f'{name}={value}: must be a step of the run, in [0, {self.steps}), '
+        'or, as a float, a share of it in [0, 1).'
+      )
+    return round(value * self.steps) if share else value
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=['ranks', 'spectra', 'truncation', 'drift', 'stability', 'bases'],
+  meta_fields=['event', 'converted', 'updated', 'pruned'],
+)
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """What an event did.
+
+  Attributes:
+    event: the event.
+    converted: paths of the layers that became low-rank.
+    updated: paths of the layers whose bases were aligned.
+    pruned: paths of the layers that were pruned (their rank may stay).
+    ranks: of every low-rank layer now, by path.
+    spectra: singular values `[b, r]` before pruning, of what was converted or
+      updated.
+    truncation: ||W - W'||_F / ||W||_F of what was pruned or cut to a rank.
+    drift: max |U^T U - I| of every low-rank layer after the event.
+    stability: of the layers that were measured, over `every` steps.
+    bases: for the next event, where stability decides; else empty.
+  """
+
+  event: Event
+  converted: tuple[str, ...]
+  updated: tuple[str, ...]
+  pruned: tuple[str, ...]
+  ranks: Mapping[str, Array]
+  spectra: Mapping[str, Array]
+  truncation: Mapping[str, Array]
+  drift: Mapping[str, Array]
+  stability: Mapping[str, Array]
+  bases: Mapping[str, Array]
+
+
+def apply_event(
+  event: Event,
+  params: PyTree,
+  opt_state: PyTree,
+  layers: Layers,
+  schedule: Schedule,
+  *,
+  bases: Mapping[str, Array] | None = None,
+) -> tuple[PyTree, PyTree, Report]:
+  """Does what the event says to the parameters and the optimiser's state.
+
+  Traceable, unless stability decides, which needs values.
+
+  Args:
+    event: from `schedule.event(step)`.
+    params: pytree of parameters.
+    opt_state: of `train_sigma(tx)`; None when there is none to carry along.
+    layers: those that the method is for, from `select`.
+    schedule: the schedule that the event is from.
+    bases: where stability decides, `bases` of the last event's report.
+
+  Returns:
+    The parameters, the optimiser's state, and a `Report`.
+
+  Raises:
+    ValueError: layers do not fit params; a kernel is not finite; an SVD fails.
+  """
+  layers = tuple(layers)
+  if not layers:
+    raise ValueError('layers is empty: no layer is there for the event.')
+  leaves = tree.flatten(params, lowrank.is_factored)
+  tree.check_known([layer.path for layer in layers], leaves, 'parameter')
+  dense = [x for x in layers if not lowrank.is_low_rank(leaves[x.path])]
+  stability, measured = {}, {}
+  converting = dense
+  if schedule.stability is not None and dense:
+    measured = metrics.basis(params, dense)
+    if bases:
+      stability = metrics.stability(bases, measured)
+    if not event.last_transition:
+      converting = [
+        x for x in dense if stability.get(x.path, -1) >= schedule.stability
+      ]
+  plan = _Plan.of(event, layers, leaves, converting, schedule)
+  if tree.is_concrete((params, opt_state)):
+    transforms.check_finite({x.path: _values(leaves[x.path]) for x in layers})
+    do = _jitted()
+  else:
+    do = _do
+  params, opt_state, found = do(plan, params, opt_state)
+  gone = set(plan.converted)
+  return (
+    params,
+    opt_state,
+    Report(
+      event=event,
+      converted=plan.converted,
+      updated=plan.updated,
+      pruned=plan.pruned,
+      stability=stability,
+      bases={p: b for p, b in measured.items() if p not in gone},
+      **found,
+    ),
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+  """An event's doing with all decisions taken: static, one program each."""
+
+  converting: tuple[layers_lib.Layer, ...]
+  updated: tuple[str, ...]
+  pruned: tuple[str, ...]
+  rank: int | float | None
+  cutoff: float
+  max_drop: float
+  floor: float
+  policy: str
+
+  @property
+  def converted(self) -> tuple[str, ...]:
+    return tuple(layer.path for layer in self.converting)
+
+  @classmethod
+  def of(cls, event, layers, leaves, converting, schedule) -> '_Plan':
+    new = {layer.path for layer in converting}
+    ordered = sorted(layers, key=lambda layer: layer.order)
+    taken = math.ceil(event.share * len(ordered) - 1e-9)
+    included = [layer.path for layer in ordered[len(ordered) - taken :]]
+    low = [p for p in included if lowrank.is_low_rank(leaves[p])]
+    pruned = low + [
+      p for p in included if p in new and schedule.prune_at_transition
+    ]
+    return cls(
+      converting=tuple(converting),
+      updated=tuple(low),
+      pruned=tuple(pruned) if schedule.rank is None else (),
+      rank=schedule.rank,
+      cutoff=schedule.cutoff,
+      max_drop=schedule.max_drop,
+      floor=schedule.floor,
+      policy=schedule.policy,
+    )
+
+
+def _do(plan: _Plan, params: PyTree, opt_state: PyTree):
+  """Converts, aligns and prunes; the optimiser's state follows at once."""
+  new, spectra = params, {}
+  if plan.converting:
+    full = transforms.to_lowrank(new, plan.converting)
+    spectra |= _spectra(full, plan.converted)
+    new = full
+    if plan.rank is not None:
+      new = transforms.to_lowrank(params, plan.converting, rank=_fit(plan))
+  if plan.updated:
+    new = transforms.update_basis(new, paths=plan.updated)
+    spectra |= _spectra(new, plan.updated)
+  if plan.pruned:
+    new = transforms.prune_aligned(
+      new,
+      cutoff=plan.cutoff,
+      max_drop=plan.max_drop,
+      floor=plan.floor,
+      paths=plan.pruned,
+    )
+  if opt_state is not None:
+    opt_state = optimizer.transport(opt_state, params, new, policy=plan.policy)
+  kept = _spectra(new, tuple(spectra))
+  nodes = transforms.low_rank_leaves(new)
+  found = dict(
+    ranks={p: transforms.live_rank(x) for p, x in nodes.items()},
+    spectra=spectra,
+    truncation={p: _lost(spectra[p], kept[p]) for p in spectra},
+    drift=metrics.drift(new),
+  )
+  return new, opt_state, found
+
+
+@functools.cache
+def _jitted():
+  # An event's program runs a few times at most. On CPUs, where LLVM takes ten
+  # times as long to optimise it as LAPACK to do the work, it is not optimised.
+  options = {'xla_backend_optimization_level': 0}
+  on_cpu = jax.default_backend() == 'cpu'
+  return jax.jit(
+    _do, static_argnums=0, compiler_options=options if on_cpu else None
+  )
+
+
+def _fit(plan: _Plan) -> dict[str, int]:
+  """Fixed ranks; a layer that is smaller than the rank keeps all it has."""
+  fits = lambda x: (
+    min(plan.rank, x.max_rank) if isinstance(plan.rank, int) else plan.rank
+  )
+  return {x.path: transforms.layer_rank(x, fits(x)) for x in plan.converting}
+
+
+def _spectra(params, paths) -> dict[str, Array]:
+  """The diagonals of aligned Sigmas."""
+  nodes = transforms.low_rank_leaves(params)
+  take = lambda s: jnp.diagonal(s, axis1=-2, axis2=-1)
+  return {p: take(lowrank.matrices(nodes[p])[1]) for p in paths}
+
+
+def _lost(before: Array, after: Array) -> Array:
+  """sqrt(sum of dropped s_i^2 / sum of s_i^2), Eckart-Young."""
+  total = jnp.sum(jnp.square(before))
+  lost = jnp.sum(jnp.square(before[..., after.shape[-1] :]))
+  lost += jnp.sum(
+    jnp.where(after == 0, jnp.square(before[..., : after.shape[-1]]), 0)
+  )
+  return jnp.sqrt(lost / jnp.where(total > 0, total, 1))
+
+
+def _values(leaf):
+  return leaf.s if lowrank.is_low_rank(leaf) else leaf

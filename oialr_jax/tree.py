@@ -1,0 +1,71 @@
+"""Pytrees by path: the one way in which this package names a leaf.
+
+A path is `jax.tree_util.keystr(key_path, simple=True, separator='/')`, for
+example 'encoder/block_0/mlp/kernel'. It is written so for dicts, FrozenDicts,
+`nnx.State`, Equinox modules, dataclasses: any pytree.
+"""
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import jax
+
+PyTree = Any
+
+
+def flatten(
+  tree: PyTree, is_leaf: Callable[[Any], bool] | None = None
+) -> dict[str, Any]:
+  """Returns the leaves by path, in the order of the tree.
+
+  Raises:
+    ValueError: two leaves share one path, as with dict keys 1 and '1'.
+  """
+  leaves = {}
+  for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf):
+    path = _name(key_path)
+    if path in leaves:
+      raise ValueError(
+        f'{path!r}: two leaves of the tree have this path; rename one of '
+        'the keys.'
+      )
+    leaves[path] = leaf
+  return leaves
+
+
+def map_with_path(
+  f: Callable[..., Any],
+  tree: PyTree,
+  *rest: PyTree,
+  is_leaf: Callable[[Any], bool] | None = None,
+) -> PyTree:
+  """`jax.tree.map` of `f(path, leaf, *leaves_of_rest)`."""
+  return jax.tree_util.tree_map_with_path(
+    lambda key_path, *leaves: f(_name(key_path), *leaves),
+    tree,
+    *rest,
+    is_leaf=is_leaf,
+  )
+
+
+def check_known(paths: Collection[str], known: Collection[str], what: str):
+  """Raises ValueError when a path is not among the known ones."""
+  for path in paths:
+    if path not in known:
+      shown = ', '.join(repr(p) for p in list(known)[:5]) or 'none'
+      raise ValueError(
+        f'{path!r}: no such {what}; the tree has {len(known)}: {shown}'
+        f'{", ..." if len(known) > 5 else ""}.'
+      )
+
+
+def is_concrete(tree: PyTree) -> bool:
+  """Whether every leaf has a value now: none is traced or only a shape."""
+  return not any(
+    isinstance(x, (jax.core.Tracer, jax.ShapeDtypeStruct))
+    for x in jax.tree.leaves(tree)
+  )
+
+
+def _name(key_path) -> str:
+  return jax.tree_util.keystr(key_path, simple=True, separator='/')

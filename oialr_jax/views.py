@@ -1,0 +1,116 @@
+"""Following a kernel's axes from the parameter to the equation that uses it.
+
+On its way a kernel may be cast, transposed, reshaped, squeezed or sliced by a
+scan. Each axis of the travelling value is a product of atoms: contiguous parts
+of the kernel's own axes. Two readers share this: `layers` (which axes are rows
+and which are columns) and `factored` (how the factors must be laid out).
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+from jax.extend import core as jex
+
+
+class Atom(NamedTuple):
+  """A part of one axis of the kernel: `size` values, `stride` apart."""
+
+  axis: int
+  stride: int
+  size: int
+
+
+Group = tuple[Atom, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+  """The axes of a travelling kernel, each a product of atoms.
+
+  Attributes:
+    axes: for every axis, its atoms, major first; none for an axis of size 1.
+    stacked: atoms that scans have peeled off.
+  """
+
+  axes: tuple[Group, ...]
+  stacked: Group = ()
+
+  @classmethod
+  def of(cls, shape: tuple[int, ...]) -> 'View':
+    """Of a kernel that has not been touched."""
+    return cls(
+      tuple((Atom(i, 1, n),) if n != 1 else () for i, n in enumerate(shape))
+    )
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return tuple(math.prod(a.size for a in group) for group in self.axes)
+
+  def atoms(self, axes=None) -> Group:
+    """The atoms of these axes (default: of all) in order."""
+    groups = self.axes if axes is None else [self.axes[i] for i in axes]
+    return tuple(a for group in groups for a in group)
+
+  def peel(self) -> 'View | None':
+    """What one iteration of a scan sees; None when there is no such axis."""
+    if not self.axes or not self.axes[0]:
+      return None
+    return View(self.axes[1:], self.stacked + self.axes[0])
+
+
+def follow(view: View, eqn: jex.JaxprEqn) -> View | None:
+  """The view after this equation, or None when it is not only a change of axes."""
+  name, params = eqn.primitive.name, eqn.params
+  if name == 'convert_element_type':
+    kind = eqn.outvars[0].aval.dtype.kind
+    return view if kind in 'fV' else None  # bfloat16 is of kind V
+  if name in ('copy', 'copy_p', 'device_put', 'optimization_barrier'):
+    return view if len(eqn.outvars) == 1 else None
+  if name == 'transpose':
+    return dataclasses.replace(
+      view, axes=tuple(view.axes[i] for i in params['permutation'])
+    )
+  if name == 'reshape' and params['dimensions'] is None:
+    return _regroup(view, eqn.outvars[0].aval.shape)
+  if name == 'squeeze':
+    gone = params['dimensions']
+    return dataclasses.replace(
+      view, axes=tuple(g for i, g in enumerate(view.axes) if i not in gone)
+    )
+  if name == 'broadcast_in_dim':
+    return _expand(view, eqn.outvars[0].aval.shape, params)
+  return None
+
+
+def _regroup(view: View, shape: tuple[int, ...]) -> View | None:
+  """Deals the atoms out to the new axes, splitting them where it must."""
+  if math.prod(view.shape) != math.prod(shape):
+    return None
+  atoms = list(reversed(view.atoms()))  # a stack: the major atom on top
+  axes = []
+  for size in shape:
+    group = []
+    while size > 1:
+      atom = atoms.pop()
+      if size % atom.size == 0:
+        group.append(atom)
+        size //= atom.size
+      elif atom.size % size == 0:
+        minor = atom.size // size
+        group.append(Atom(atom.axis, atom.stride * minor, size))
+        atoms.append(Atom(atom.axis, atom.stride, minor))
+        size = 1
+      else:
+        return None
+    axes.append(tuple(group))
+  return View(tuple(axes), view.stacked)
+
+
+def _expand(view: View, shape, params) -> View | None:
+  if math.prod(shape) != math.prod(view.shape):
+    return None
+  axes = [()] * len(shape)
+  for i, target in enumerate(params['broadcast_dimensions']):
+    axes[target] = view.axes[i]
+  return View(tuple(axes), view.stacked)
