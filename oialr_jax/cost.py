@@ -45,11 +45,14 @@ def break_even_time(m: int, n: int) -> int:
 
   T r (2m + 2n + 3r) <= 3 T m n.
   """
-  half = (m + n) / 3
-  return min(m, n, int(math.sqrt(half**2 + m * n) - half))
+  root = math.isqrt((m + n) ** 2 + 9 * m * n)
+  return min(m, n, (root - (m + n)) // 3)
 
 
 def break_even_storage(m: int, n: int) -> int:
-  """The rank up to which U, Sigma and V^T are no more numbers than W."""
-  half = (m + n) / 2
-  return int(math.sqrt(half**2 + m * n) - half)
+  """The rank up to which U, Sigma and V^T are no more numbers than W.
+
+  r (m + r + n) <= m n.
+  """
+  root = math.isqrt((m + n) ** 2 + 4 * m * n)
+  return (root - (m + n)) // 2

@@ -102,7 +102,7 @@ class _Kernel:
     )
 
   def roles(self, axes) -> set[str]:
-    return {self.role(atom) for atom in self.view.atoms(axes)}
+    return {self.role(a) for a in self.view.atoms(axes) if a.size > 1}
 
   def parts(self, role: str) -> list[views.Atom]:
     """The atoms of this role, as they lie in the factors."""
@@ -119,9 +119,9 @@ class _Kernel:
       chain = [('row', node.u), ('mix', node.s), ('col', node.vt)]
     return [(place, factor.astype(self.dtype)) for place, factor in chain]
 
-  def dense(self) -> Array:
+  def dense(self, precision: lax.PrecisionLike = None) -> Array:
     """The kernel multiplied out, as the program would see it here."""
-    kernel = lowrank.materialise(self._constant_bases(), lax.Precision.DEFAULT)
+    kernel = lowrank.materialise(self._constant_bases(), precision)
     atoms = self.view.atoms()
     parts = sorted(atoms, key=_place)
     kernel = kernel.reshape([a.size for a in parts])
@@ -143,8 +143,8 @@ def _enter(x: Any) -> Any:
   return _Kernel(x, views.View.of(x.shape), x.dtype)
 
 
-def _leave(x: Any) -> Any:
-  return x.dense() if isinstance(x, _Kernel) else x
+def _leave(x: Any, precision: lax.PrecisionLike = None) -> Any:
+  return x.dense(precision) if isinstance(x, _Kernel) else x
 
 
 def _place(atom: views.Atom) -> tuple[int, int]:
@@ -198,13 +198,17 @@ class _Evaluator:
     if product is not None:
       return [product]
     _log.debug('a low-rank kernel is multiplied out for %s', name)
-    return jaxprs.bind(eqn, [_leave(x) for x in operands])
+    precision = eqn.params.get('precision')
+    return jaxprs.bind(eqn, [_leave(x, precision) for x in operands])
 
   def _follow(self, eqn, kernel: _Kernel) -> _Kernel | None:
     view = views.follow(kernel.view, eqn)
     if view is None:
       return None
-    return _Kernel(kernel.node, view, eqn.outvars[0].aval.dtype)
+    node = kernel.node
+    if eqn.primitive.name == views.VARY:
+      node = jax.tree.map(lambda x: jaxprs.bind(eqn, [x])[0], node)
+    return _Kernel(node, view, eqn.outvars[0].aval.dtype)
 
   # Equations that hold a program.
 
@@ -229,13 +233,13 @@ class _Evaluator:
 
   def _scan(self, eqn, operands) -> list:
     params = eqn.params
-    consts, carries = params['num_consts'], params['num_carry']
+    program, consts, carries = jaxprs.scanned(eqn)
     closed = operands[:consts]
     carry = [_leave(x) for x in operands[consts : consts + carries]]
     enter, xs = _packed(operands[consts + carries :], sliced=True)
 
     def body(carry, xs):
-      out = self.run(params['jaxpr'], [*closed, *carry, *enter(xs)])
+      out = self.run(program, [*closed, *carry, *enter(xs)])
       return out[:carries], out[carries:]
 
     carry, ys = lax.scan(
@@ -263,7 +267,9 @@ class _Evaluator:
     taken = {j for _, j in meets}
     free = [j for j in range(len(kernel.view.axes)) if j not in taken]
     tokens = math.prod(x.shape[i] for i in x_free)
-    chain = self._chain(kernel, contract[side], batch[side], free, tokens)
+    chain = self._chain(
+      kernel, contract[side], batch[side], free, tokens, eqn.params
+    )
     if chain is None:
       return None
     letters = iter(string.ascii_letters)
@@ -291,7 +297,9 @@ class _Evaluator:
     params = eqn.params
     x, kernel = operands
     groups = params['feature_group_count'] * params['batch_group_count']
-    if isinstance(x, _Kernel) or groups != 1 or kernel.node.view.batch:
+    if isinstance(x, _Kernel) or groups != 1:
+      return None
+    if kernel.lead or kernel.node.view.batch:
       return None
     numbers = params['dimension_numbers']
     out_axis, *in_axes = numbers.rhs_spec
@@ -300,8 +308,8 @@ class _Evaluator:
     aval = eqn.outvars[0].aval
     channel = numbers.out_spec[1]
     tokens = math.prod(aval.shape) // aval.shape[channel]
-    chain = self._chain(kernel, in_axes, (), [out_axis], tokens)
-    if chain is None:
+    chain = self._chain(kernel, in_axes, (), [out_axis], tokens, params)
+    if chain is None or chain[0][0] != 'row':
       return None
     (_, first), *rest = chain
     y = lax.conv_general_dilated(
@@ -312,14 +320,16 @@ class _Evaluator:
     letters = string.ascii_letters[: y.ndim]
     spare = iter(string.ascii_letters[y.ndim :])
     links, shared = [], letters[channel]
-    for _, factor in rest:
+    for place, factor in rest:
+      if place == 'col':
+        factor = _conv_channels(kernel, factor, out_axis)
       new = next(spare)
-      links.append((factor.reshape(len(factor), -1), [shared, new]))
+      links.append((factor, [shared, new]))
       shared = new
     out = [*letters[:channel], shared, *letters[channel + 1 :]]
     return _contract((y, [*letters]), links, out, params).astype(aval.dtype)
 
-  def _chain(self, kernel, contracted, batch, free, tokens):
+  def _chain(self, kernel, contracted, batch, free, tokens, params):
     """The factors in the order in which they meet x, each with its place.
 
     None when the contraction is not along the kernel's rows (x W) or its
@@ -341,7 +351,7 @@ class _Evaluator:
         return None
       if way == cost.PRECONTRACT:
         places = ('row', 'col')
-        chain = _precontract(*chain, forward)
+        chain = _precontract(*chain, forward, params['precision'])
     return list(zip(places, chain))[:: 1 if forward else -1]
 
   def _way(self, kernel: _Kernel, forward: bool, tokens: int) -> str:
@@ -356,7 +366,7 @@ def _packed(operands: list, sliced: bool = False):
   """Splits kernels into a pytree of arrays and the way back from it.
 
   With `sliced`, the way back is from the nodes that an iteration of a scan
-  sees; a kernel whose first axis now is not its node's is multiplied out.
+  sees; a kernel whose first axis now is not its factors' is multiplied out.
   """
   if sliced:
     operands = [
@@ -369,8 +379,7 @@ def _packed(operands: list, sliced: bool = False):
     out = []
     for x, node in zip(operands, nodes, strict=True):
       if isinstance(x, _Kernel):
-        view = _first_peeled(x.view) if sliced else x.view
-        node = _Kernel(node, view, x.dtype)
+        node = _sliced(x, node) if sliced else _Kernel(node, x.view, x.dtype)
       out.append(node)
     return out
 
@@ -378,25 +387,41 @@ def _packed(operands: list, sliced: bool = False):
 
 
 def _leads(kernel: _Kernel) -> bool:
-  n = kernel.node.shape[0]
-  return kernel.lead > 0 and kernel.view.axes[0] == (views.Atom(0, 1, n),)
+  axis = _first_stored(kernel)
+  if axis is None:
+    return False
+  return kernel.view.axes[0] == (views.Atom(axis, 1, kernel.node.shape[axis]),)
 
 
-def _first_peeled(view: views.View) -> views.View:
-  return views.View(
+def _first_stored(kernel: _Kernel) -> int | None:
+  """The axis of the kernel that is the first axis of all its factors."""
+  return 0 if kernel.lead else next(iter(kernel.node.view.batch), None)
+
+
+def _sliced(kernel: _Kernel, node) -> _Kernel:
+  """The kernel without that axis, in the factors that a scan has sliced."""
+  gone = _first_stored(kernel)
+  down = lambda axes: tuple(a - (a > gone) for a in axes)
+  view = views.View(
     tuple(
-      tuple(a._replace(axis=a.axis - 1) for a in group)
-      for group in view.axes[1:]
+      tuple(a._replace(axis=a.axis - (a.axis > gone)) for a in group)
+      for group in kernel.view.axes[1:]
     )
   )
+  if not kernel.lead:
+    rows, cols, batch = node.view.rows, node.view.cols, node.view.batch[1:]
+    names = lowrank.MatrixView(down(rows), down(cols), down(batch))
+    node = dataclasses.replace(node, view=names)
+  return _Kernel(node, view, kernel.dtype)
 
 
-def _precontract(u: Array, s: Array, vt: Array, forward: bool):
+def _precontract(u: Array, s: Array, vt: Array, forward: bool, precision):
   """(U, Sigma V^T) or, for x W^T, (U Sigma, V^T)."""
   batch, r = s.shape[:-2], s.shape[-1]
+  matmul = functools.partial(jnp.matmul, precision=precision)
   if forward:
-    return u, (s @ vt.reshape(*batch, r, -1)).reshape(vt.shape)
-  return (u.reshape(*batch, -1, r) @ s).reshape(u.shape), vt
+    return u, matmul(s, vt.reshape(*batch, r, -1)).reshape(vt.shape)
+  return matmul(u.reshape(*batch, -1, r), s).reshape(u.shape), vt
 
 
 def _labelled(kernel: _Kernel, chain, names, letters):
@@ -444,11 +469,24 @@ def _contract(x, links, out: list[str], params) -> Array:
 
 def _conv_kernel(kernel: _Kernel, u: Array, out_axis: int) -> Array:
   """U laid out as the convolution wants its kernel, with r channels out."""
-  atoms, r = kernel.parts('row'), u.shape[-1]
+  atoms, r = _big(kernel.parts('row')), u.shape[-1]
   u = u.reshape([*(a.size for a in atoms), r])
   order, shape = [], []
   for axis, group in enumerate(kernel.view.axes):
-    order += [len(atoms)] if axis == out_axis else map(atoms.index, group)
+    where = map(atoms.index, _big(group))
+    order += [len(atoms)] if axis == out_axis else where
     size = math.prod(a.size for a in group)
     shape.append(r if axis == out_axis else size)
   return u.transpose(order).reshape(shape)
+
+
+def _conv_channels(kernel: _Kernel, vt: Array, out_axis: int) -> Array:
+  """V^T `[r, n]`, its columns in the order of the convolution's channels."""
+  atoms, r = _big(kernel.parts('col')), len(vt)
+  order = map(atoms.index, _big(kernel.view.axes[out_axis]))
+  vt = vt.reshape([r, *(a.size for a in atoms)])
+  return vt.transpose([0, *(1 + i for i in order)]).reshape(r, -1)
+
+
+def _big(atoms) -> list[views.Atom]:
+  return [a for a in atoms if a.size > 1]

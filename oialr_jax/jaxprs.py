@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 from jax.extend import core as jex
+import jax.numpy as jnp
 
 # Equations that hold a program of their own and call it once, on their
 # operands, without a meaning of their own for derivatives.
@@ -46,7 +47,10 @@ def run(
     for v in {v for v in eqn.invars if not isinstance(v, jex.Literal)}:
       if last_use[v] == i:
         del env[v]
-  return [read(v) for v in jaxpr.outvars]
+  return [
+    jnp.asarray(v.val, v.aval.dtype) if isinstance(v, jex.Literal) else env[v]
+    for v in jaxpr.outvars
+  ]
 
 
 def bind(eqn: jex.JaxprEqn, operands: Sequence[Any]) -> list[Any]:
@@ -60,7 +64,14 @@ def bind(eqn: jex.JaxprEqn, operands: Sequence[Any]) -> list[Any]:
     for v, x in zip(eqn.invars, operands, strict=True)
     if not isinstance(v, jex.Literal)
   }
-  program = jex.Jaxpr((), list(by_var), eqn.outvars, [eqn], eqn.effects)
+  program = jex.Jaxpr(
+    (),
+    list(by_var),
+    eqn.outvars,
+    [eqn],
+    eqn.effects,
+    jex.DebugInfo('bind', eqn.primitive.name, None, None),
+  )
   return jex.jaxpr_as_fun(jex.ClosedJaxpr(program, ()))(*by_var.values())
 
 
@@ -84,6 +95,21 @@ def custom_derivative(eqn: jex.JaxprEqn) -> jex.ClosedJaxpr | None:
     return None
   program = eqn.params.get('call_jaxpr', eqn.params.get('fun_jaxpr'))
   return None if program is None else closed(program)
+
+
+def scanned(eqn: jex.JaxprEqn) -> tuple[jex.ClosedJaxpr, int, int]:
+  """The body of a `scan` equation, the numbers of its constants and carries.
+
+  Counted by shapes, as their parameters differ from release to release: what
+  is scanned over, in or out, has one axis more outside of the body.
+  """
+  body = closed(eqn.params['jaxpr'])
+  sliced = lambda outer, inner: sum(
+    v.aval.ndim > w.aval.ndim for v, w in zip(outer, inner, strict=True)
+  )
+  carries = len(eqn.outvars) - sliced(eqn.outvars, body.jaxpr.outvars)
+  xs = sliced(eqn.invars, body.jaxpr.invars)
+  return body, len(eqn.invars) - xs - carries, carries
 
 
 def closed(jaxpr: jex.Jaxpr | jex.ClosedJaxpr) -> jex.ClosedJaxpr:
@@ -121,12 +147,18 @@ def trace(fn: Callable[..., Any], args: tuple, kwargs: dict, is_leaf=None):
 
 
 def _shape_of(x, is_leaf):
-  """What `make_jaxpr` is given: a node that stands for an array, as shape."""
-  if is_leaf is not None and is_leaf(x):
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)
-  return x
+  """What `make_jaxpr` is given: a node that stands for an array, as shape.
+
+  Inside `shard_map` its type says also over which devices the node varies.
+  """
+  if is_leaf is None or not is_leaf(x):
+    return x
+  total = lambda leaves: sum(jnp.sum(a, dtype=x.dtype) for a in leaves)
+  fill = lambda leaves: jnp.full(x.shape, total(leaves), x.dtype)
+  return jax.eval_shape(fill, jax.tree.leaves(x))
 
 
 def _is_array(x: Any) -> bool:
-  # NumPy arrays are as good as traced values to a JAX function.
-  return hasattr(x, 'shape') and hasattr(x, 'dtype')
+  # NumPy arrays are as good as traced values to a JAX function. Types are not:
+  # `np.float32` has a shape and a dtype, which are those of its instances.
+  return not isinstance(x, type) and hasattr(x, 'shape') and hasattr(x, 'dtype')

@@ -37,7 +37,7 @@ class Layer:
     kind: 'dot' or 'conv'.
     tokens: rows of activations that one call of the function sends through
       each matrix.
-    order: position among all kernels in the order of execution.
+    order: position among the layers of `find_layers`, in order of execution.
   """
 
   path: str
@@ -147,7 +147,8 @@ def select(
     raise ValueError(
       f'none of the {len(layers)} layers is selected: keep_first='
       f'{keep_first}, keep_last={keep_last}, include={include!r}, '
-      f'exclude={exclude!r}, min_rank={min_rank}; loosen one of these.'
+      f'exclude={exclude!r}, min_rank={min_rank}, max_aspect={max_aspect}; '
+      'loosen one of these.'
     )
   return chosen
 
@@ -256,6 +257,8 @@ class _Use:
 
 
 def _read(fn, params, args, kwargs):
+  if not callable(fn):
+    raise TypeError(f'fn={fn!r}: must be a function of the parameters.')
   shapes = tree.flatten(params, lowrank.is_factored)
   if not shapes:
     raise ValueError("params has no leaves: pass the model's parameters.")
@@ -270,18 +273,18 @@ def _read(fn, params, args, kwargs):
   reader = _Reader()
   for out in reader.read(jaxpr, operands):
     reader.other(out, 'it is returned as it is')
-  layers, reasons = [], {}
+  found, reasons = {}, {}
   for path, leaf in shapes.items():
     if getattr(leaf, 'ndim', 0) < 2:
       continue
-    found = _judge(path, leaf, reader.uses.get(path, []))
-    if isinstance(found, str):
-      reasons[path] = found
+    layer = _judge(path, leaf, reader.uses.get(path, []))
+    if isinstance(layer, str):
+      reasons[path] = layer
     else:
-      layers.append(found)
-  order = {path: i for i, path in enumerate(reader.uses)}
-  layers = [dataclasses.replace(x, order=order[x.path]) for x in layers]
-  return tuple(sorted(layers, key=lambda x: x.order)), reasons
+      found[path] = layer
+  ordered = [found[path] for path in reader.uses if path in found]
+  layers = (dataclasses.replace(x, order=i) for i, x in enumerate(ordered))
+  return tuple(layers), reasons
 
 
 def _judge(path: str, leaf: Any, uses: list[_Use]) -> Layer | str:
@@ -293,7 +296,9 @@ def _judge(path: str, leaf: Any, uses: list[_Use]) -> Layer | str:
   for use in uses:
     if use.why_not:
       return use.why_not
-  if any(use.roles != uses[0].roles for use in uses):
+  # The role of an axis of size 1 makes no difference.
+  roles = lambda use: {a: r for a, r in use.roles.items() if leaf.shape[a] > 1}
+  if any(roles(use) != roles(uses[0]) for use in uses):
     return 'used in different roles (tied)'
   axes = lambda role: tuple(
     a for a in range(leaf.ndim) if uses[0].roles.get(a, 'row') == role
@@ -367,7 +372,7 @@ class _Reader:
     return out
 
   def _scan(self, eqn, operands) -> list:
-    consts, carry = eqn.params['num_consts'], eqn.params['num_carry']
+    body, consts, carry = jaxprs.scanned(eqn)
     inner = list(operands)
     for i, kernel in enumerate(operands):
       if kernel is None or i < consts:
@@ -379,7 +384,7 @@ class _Reader:
       else:
         inner[i] = dataclasses.replace(kernel, view=view)
     outer, self._repeats = self._repeats, eqn.params['length'] * self._repeats
-    for out in self.read(eqn.params['jaxpr'], inner):
+    for out in self.read(body, inner):
       self.other(out, 'returned by the body of a scan')
     self._repeats = outer
     return [None] * len(eqn.outvars)
@@ -430,6 +435,7 @@ class _Reader:
     if mixed:
       self.other(kernel, f'axis {mixed[0]} has parts in different roles')
       return
-    repeats = 1 if view.stacked else self._repeats
+    # Scans over the stack itself do not send more through each matrix.
+    repeats = self._repeats // math.prod(a.size for a in view.stacked)
     roles = {a: r.pop() for a, r in roles.items()}
     self._record(kernel, _Use(kind, roles, tokens * repeats))

@@ -18,7 +18,7 @@ def svd(w: Array) -> tuple[Array, Array, Array]:
   """Thin SVD with signs made unique: `u [b, m, k], s [b, k], vt [b, k, n]`.
 
   In every column of U the entry of the largest magnitude is positive, so that
-  the SVD of a sorted diagonal is the identity and devices agree.
+  the SVD of a falling diagonal is the identity and devices agree.
   """
   u, s, vt = jnp.linalg.svd(w, full_matrices=False)
   largest = jnp.argmax(jnp.abs(u), axis=-2, keepdims=True)
@@ -57,8 +57,16 @@ def polar(w: Array) -> Array:
   """The orthogonal polar factor U V^T of `w [b, m, n]`."""
   u, s, vt = svd(w)
   # A direction with no length has no basis: it counts as pruned.
-  found = s > s[:, :1] * jnp.finfo(s.dtype).eps
+  found = above_rounding(s, max(w.shape[-2:]))
   return lowrank.matmul(jnp.where(found[:, None, :], u, 0), vt)
+
+
+def above_rounding(s: Array, size: int) -> Array:
+  """Which `s [b, k]` are more than the rounding errors of a size x size SVD.
+
+  The rule of `np.linalg.matrix_rank`.
+  """
+  return s > s[:, :1] * size * jnp.finfo(s.dtype).eps
 
 
 def drift(u: Array) -> Array:
@@ -69,12 +77,18 @@ def drift(u: Array) -> Array:
 
 
 def qr_live(u: Array) -> tuple[Array, Array]:
-  """QR with pruned columns left at zero: `q [b, m, r], triangle [b, r, r]`."""
+  """QR with pruned columns left at zero: `q [b, m, r], triangle [b, r, r]`.
+
+  The triangle's diagonal is positive, so that q is close to a u that has
+  drifted only a little, with no sign flipped.
+  """
   q, triangle = jnp.linalg.qr(u)
   live = lowrank.live(u)
+  sign = jnp.where(jnp.diagonal(triangle, axis1=-2, axis2=-1) < 0, -1, 1)
+  sign = sign.astype(u.dtype)
   return (
-    jnp.where(live[:, None, :], q, 0),
-    jnp.where(live[:, :, None], triangle, 0),
+    jnp.where(live[:, None, :], q * sign[:, None, :], 0),
+    jnp.where(live[:, :, None], triangle * sign[:, :, None], 0),
   )
 
 

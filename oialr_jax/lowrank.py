@@ -81,9 +81,32 @@ class MatrixView:
     return jnp.transpose(matrix.reshape(*batch, *rows, *cols), inverse)
 
 
+class _NotAnArray:
+  """Says what is wrong when a node is used as the array that it stands for."""
+
+  def _refuse(self, *_, **__):
+    raise TypeError(_UNWRAPPED.format(type(self).__name__, self.shape))
+
+  # A property, so that `lax` names the type and not this method.
+  __jax_array__ = property(_refuse)
+  __array__ = __getitem__ = __neg__ = _refuse
+  __matmul__ = __rmatmul__ = __mul__ = __rmul__ = _refuse
+  __add__ = __radd__ = __sub__ = __rsub__ = _refuse
+  __truediv__ = __rtruediv__ = __pow__ = __rpow__ = _refuse
+
+  def __getattr__(self, name: str):
+    # Only reached for what the class lacks. A model that was not wrapped asks
+    # an array for `.T` or `.reshape`: say what is wrong, not what is missing.
+    if name.startswith('__'):
+      raise AttributeError(name)
+    raise AttributeError(
+      f'{name!r}: ' + _UNWRAPPED.format(type(self).__name__, 'without it')
+    )
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class LowRank:
+class LowRank(_NotAnArray):
   """A kernel W = U Sigma V^T.
 
   Attributes:
@@ -124,22 +147,10 @@ class LowRank:
     """Of the dense kernel, which is Sigma's: the bases may be narrower."""
     return self.s.dtype
 
-  def __jax_array__(self):
-    raise TypeError(_UNWRAPPED.format('LowRank', self.shape))
-
-  def __getattr__(self, name: str):
-    # Only reached for what the class lacks. A model that was not wrapped asks
-    # an array for `.T` or `.reshape`: say what is wrong, not what is missing.
-    if name.startswith('__'):
-      raise AttributeError(name)
-    raise AttributeError(
-      f'{name!r}: ' + _UNWRAPPED.format('LowRank', 'without it')
-    )
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Factors:
+class Factors(_NotAnArray):
   """A kernel W = A B, compressed: what a trained `LowRank` is shipped as.
 
   Attributes:
@@ -175,9 +186,6 @@ class Factors:
   @property
   def dtype(self) -> Any:
     return self.a.dtype
-
-  def __jax_array__(self):
-    raise TypeError(_UNWRAPPED.format('Factors', self.shape))
 
 
 _UNWRAPPED = (
@@ -230,7 +238,7 @@ def matrix_shape(node: LowRank | Factors) -> tuple[int, int, int]:
 
 
 def materialise(
-  node: LowRank | Factors, precision: jax.lax.Precision = PRECISION
+  node: LowRank | Factors, precision: jax.lax.PrecisionLike = PRECISION
 ) -> Array:
   """The dense kernel, multiplied out in float32 or wider."""
   matmul = functools.partial(jnp.matmul, precision=precision)

@@ -72,8 +72,8 @@ def basis(
     if lowrank.is_low_rank(x):
       mixing[layer.path] = lowrank.matrices(x)
     else:
-      dense[layer.path] = (lowrank.wide(layer.view.to_matrix(x)),)
-  found = linalg.by_shape(jax.jit(lambda w: (linalg.polar(w),)), dense)
+      dense[layer.path] = (_matrix(x, layer),)
+  found = linalg.by_shape(_dense_basis, dense)
   found |= linalg.by_shape(_low_rank_basis, mixing)
   return {layer.path: found[layer.path][0] for layer in layers}
 
@@ -83,8 +83,9 @@ def stability(
 ) -> dict[str, Array]:
   """How little the bases have turned: in [-1, 1], 1 for the same basis.
 
-  tr(B_old^T B_new) / (||B_old||_F ||B_new||_F), the mean over a stack. At full
-  rank both norms are sqrt(min(m, n)): the paper's measure (Section 3).
+  tr(B_old^T B_new) / min(r_old, r_new), with r = ||B||_F^2 the rank of a basis,
+  the mean over a stack. At full rank that is the paper's measure (Section 3);
+  where directions were pruned, it is that of the ones that are left (D8).
 
   Args:
     old: from `basis`.
@@ -105,7 +106,7 @@ def stability(
         f'{path!r}: bases of shapes {old[path].shape} and '
         f'{new[path].shape} cannot be compared.'
       )
-  return {path: _cosine(old[path], new[path]) for path in both}
+  return {path: _turned(old[path], new[path]) for path in both}
 
 
 def mixing(
@@ -119,11 +120,7 @@ def mixing(
     ValueError: a path is unknown.
   """
   leaves = _leaves(params, layers)
-  kernels = {}
-  for layer in layers:
-    x = leaves[layer.path]
-    w = lowrank.materialise(x) if lowrank.is_factored(x) else x
-    kernels[layer.path] = (lowrank.wide(layer.view.to_matrix(w)),)
+  kernels = {x.path: (_matrix(leaves[x.path], x),) for x in layers}
   found = linalg.by_shape(_triangle, kernels)
   return {path: out[0] for path, out in found.items()}
 
@@ -161,8 +158,8 @@ def spectra(
     for layer in layers:
       x = leaves[layer.path]
       low = lowrank.is_low_rank(x)
-      w = lowrank.matrices(x)[1] if low else layer.view.to_matrix(x)
-      values[layer.path] = (lowrank.wide(w),)
+      w = lowrank.matrices(x)[1] if low else _matrix(x, layer)
+      values[layer.path] = (w,)
   found = linalg.by_shape(_singular_values, values)
   return {path: out[0] for path, out in found.items()}
 
@@ -186,21 +183,32 @@ def _leaves(params, layers):
   return leaves
 
 
+def _matrix(x, layer) -> Array:
+  """The kernel as `[b, m, n]`, multiplied out where it has to be."""
+  dense = lowrank.materialise(x) if lowrank.is_factored(x) else x
+  return lowrank.wide(layer.view.to_matrix(dense))
+
+
+@jax.jit
+def _dense_basis(w: Array):
+  return (linalg.polar(w),)
+
+
 @jax.jit
 def _low_rank_basis(u, s, vt):
   pu, sv, pvt = linalg.svd_live(s, lowrank.live(u))
-  del sv
+  found = linalg.above_rounding(sv, max(u.shape[-2], vt.shape[-1]))
+  pu = jnp.where(found[:, None, :], pu, 0)
   turned = lowrank.matmul(lowrank.matmul(u, pu), pvt)
   return (lowrank.matmul(turned, vt),)
 
 
 @jax.jit
-def _cosine(old: Array, new: Array) -> Array:
+def _turned(old: Array, new: Array) -> Array:
   dot = jnp.sum(old * new, axis=(-2, -1))
-  norms = jnp.linalg.norm(old, axis=(-2, -1)) * jnp.linalg.norm(
-    new, axis=(-2, -1)
-  )
-  return jnp.mean(dot / jnp.where(norms > 0, norms, 1))
+  rank = lambda basis: jnp.sum(jnp.square(basis), axis=(-2, -1))
+  smaller = jnp.minimum(rank(old), rank(new))
+  return jnp.mean(dot / jnp.where(smaller > 0, smaller, 1))
 
 
 @jax.jit

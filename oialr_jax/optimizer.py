@@ -10,6 +10,7 @@ rotated gradient of uncorrelated entries.
 """
 
 from collections.abc import Mapping
+import dataclasses
 from typing import Any
 
 import jax
@@ -33,10 +34,12 @@ POLICIES = (TRANSPORT, RESET, REFERENCE)
 LINEAR = 'linear'  # a tree like the parameters, linear in the gradient
 QUADRATIC = 'quadratic'  # likewise, quadratic in it
 MAGNITUDE = 'magnitude'  # likewise, an absolute value: its square is quadratic
+CENTRED = 'centred'  # quadratic, with the mean beside it in the field `mu`
+FOLLOW = 'follow'  # linear, but no moment: iterates and sums, never zeroed
 COUNTER = 'counter'  # counts the steps that the moments beside it have seen
 STATE = 'state'  # holds states: looked into
 KEEP = 'keep'  # belongs to no parameter's coordinates
-_TREES = (LINEAR, QUADRATIC, MAGNITUDE)
+_TREES = (LINEAR, QUADRATIC, MAGNITUDE, CENTRED, FOLLOW)
 KINDS = (*_TREES, COUNTER, STATE, KEEP)
 
 
@@ -118,13 +121,14 @@ def register_rule(state_type: type, **fields: str):
 
   Args:
     state_type: the NamedTuple class of the state.
-    **fields: for each field, 'linear', 'quadratic' or 'magnitude' (trees like
-      the parameters), 'counter', 'state' (holds other states) or 'keep'. Fields
-      that are left out are kept.
+    **fields: for each field, 'linear', 'quadratic', 'magnitude', 'centred'
+      (quadratic, and its mean is the field `mu`) or 'follow' (linear under
+      every policy), all trees like the parameters; 'counter', 'state' (holds
+      other states) or 'keep'. Fields that are left out are kept.
 
   Raises:
     TypeError: state_type is no NamedTuple class.
-    ValueError: a field or a kind is unknown.
+    ValueError: a field or a kind is unknown; 'centred' without `mu`.
   """
   names = getattr(state_type, '_fields', None)
   if not isinstance(state_type, type) or names is None:
@@ -140,6 +144,11 @@ def register_rule(state_type: type, **fields: str):
         f'{state_type.__name__}.{field}={kind!r}: must be one of '
         f'{", ".join(KINDS)}.'
       )
+    if kind == CENTRED and 'mu' not in names:
+      raise ValueError(
+        f'{state_type.__name__}.{field}={kind!r}: needs its mean in a field '
+        "named 'mu'."
+      )
   _RULES[state_type] = dict(fields)
 
 
@@ -154,7 +163,7 @@ for _type, _fields in {
   optax.ScaleByBeliefState: _MOMENTS,
   optax.ScaleByLionState: {'count': COUNTER, 'mu': LINEAR},
   optax.ScaleByRmsState: {'nu': QUADRATIC},
-  optax.ScaleByRStdDevState: {'mu': LINEAR, 'nu': QUADRATIC},
+  optax.ScaleByRStdDevState: {'mu': LINEAR, 'nu': CENTRED},
   optax.ScaleByRssState: {'sum_of_squares': QUADRATIC},
   optax.ScaleByAdaDeltaState: {'e_g': QUADRATIC, 'e_x': QUADRATIC},
   optax.ScaleByAdanState: {
@@ -172,7 +181,7 @@ for _type, _fields in {
   optax.TraceState: {'trace': LINEAR},
   optax.EmaState: {'count': COUNTER, 'ema': LINEAR},
   optax.FactoredState: {'count': COUNTER, 'v': QUADRATIC},
-  optax.MultiStepsState: {'inner_opt_state': STATE, 'acc_grads': LINEAR},
+  optax.MultiStepsState: {'inner_opt_state': STATE, 'acc_grads': FOLLOW},
   optax.ApplyIfFiniteState: {'inner_state': STATE},
   optax.InjectHyperparamsState: {'inner_state': STATE},
   optax.InjectStatefulHyperparamsState: {'inner_state': STATE},
@@ -188,9 +197,17 @@ for _type, _fields in {
     'm2': LINEAR,
     'nu': QUADRATIC,
   },
-  contrib.ScheduleFreeState: {'base_optimizer_state': STATE, 'z': LINEAR},
+  contrib.ScheduleFreeState: {'base_optimizer_state': STATE, 'z': FOLLOW},
 }.items():
   register_rule(_type, **_fields)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Change:
+  """A parameter before and after: a leaf in a tree like the parameters."""
+
+  old: Any
+  new: Any
 
 
 class _Transport:
@@ -205,8 +222,8 @@ class _Transport:
         'old_params and new_params differ in more than their kernels: '
         f'{old_def} and {new_def}.'
       )
-    self._treedef = jax.tree.structure(transforms.trainable(old_params))
     self._pairs = list(zip(old, new))
+    self._changes = jax.tree.unflatten(old_def, map(_Change, old, new))
     paths = tree.flatten(old_params, lowrank.is_low_rank)
     self._changed = {
       path: a
@@ -223,7 +240,8 @@ class _Transport:
     if isinstance(x, dict):
       # A tree like the parameters in a state that nobody described is found
       # below, leaf by leaf.
-      return {k: self.state(y, f'{name}[{k!r}]') for k, y in x.items()}
+      # The union is of x's own type: `optax.named_chain` has an OrderedDict.
+      return x | {k: self.state(y, f'{name}[{k!r}]') for k, y in x.items()}
     self._check_unknown(x, name)
     return x
 
@@ -234,40 +252,46 @@ class _Transport:
       if kind == STATE:
         new[field] = self.state(value, f'{name}.{field}')
       elif kind in _TREES:
-        new[field] = self._moments(value, kind, f'{name}.{field}')
+        mean = x.mu if kind == CENTRED else value
+        new[field] = self._moments(value, mean, kind, f'{name}.{field}')
       elif kind == COUNTER and self._policy == RESET:
         new[field] = jax.tree.map(jnp.zeros_like, value)
       else:
         new[field] = value
     return x._replace(**new)
 
-  def _moments(self, moments: PyTree, kind: str, name: str) -> PyTree:
-    if moments is None:
-      return None
+  def _moments(self, moments: PyTree, means: PyTree, kind: str, name: str):
+    leaves, treedef = jax.tree.flatten(moments, is_leaf=_is_masked)
     try:
-      leaves = self._treedef.flatten_up_to(moments)
+      means = treedef.flatten_up_to(means)
+      changes = treedef.flatten_up_to(self._changes)
+      for x, change in zip(leaves, changes):
+        if not (_is_masked(x) or isinstance(change, _Change)):
+          raise ValueError(f'an array of shape {jnp.shape(x)} for a branch.')
     except ValueError as e:
       raise ValueError(
         f'{name}: does not have the structure of the parameters that '
         f'transport was given: {e}'
       ) from e
     moved = [
-      self._moment(x, kind, old, new, name)
-      for x, (old, new) in zip(leaves, self._pairs, strict=True)
+      x if _is_masked(x) else self._moment(x, mean, kind, change, name)
+      for x, mean, change in zip(leaves, means, changes, strict=True)
     ]
-    return jax.tree.unflatten(self._treedef, moved)
+    return jax.tree.unflatten(treedef, moved)
 
-  def _moment(self, x, kind: str, old, new, name: str):
-    if not hasattr(x, 'dtype'):
-      return x  # masked out
+  def _moment(self, x, mean, kind: str, change: '_Change', name: str):
+    policy = TRANSPORT if kind == FOLLOW else self._policy
+    old, new = change.old, change.new
     if old is new or not (lowrank.is_low_rank(old) or lowrank.is_low_rank(new)):
-      return jnp.zeros_like(x) if self._policy == RESET else x
+      return jnp.zeros_like(x) if policy == RESET else x
     self._check_shape(x, old, name)
-    if self._policy == RESET:
+    if policy == RESET:
       like = new.s if lowrank.is_low_rank(new) else new
       return jnp.zeros(like.shape, x.dtype)
-    if self._policy == REFERENCE:
+    if policy == REFERENCE:
       return _as_published(x, old, new)
+    if kind == CENTRED:
+      return _rotated_about(x, mean, old, new)
     return _rotated(x, kind, old, new)
 
   def _check_shape(self, x, old, name: str):
@@ -304,6 +328,11 @@ class _Transport:
       )
 
 
+def _is_masked(x: Any) -> bool:
+  # A mask may be a prefix of the parameters: one node for a whole branch.
+  return x is None or isinstance(x, optax.MaskedNode)
+
+
 def _rotated(x: Array, kind: str, old, new) -> Array:
   """M x N, in the coordinates of the old node, to those of the new one."""
   view = new.view if lowrank.is_low_rank(new) else old.view
@@ -312,7 +341,7 @@ def _rotated(x: Array, kind: str, old, new) -> Array:
   x_wide = lowrank.wide(x)
   if kind == MAGNITUDE:
     x_wide = jnp.square(x_wide)
-  if kind != LINEAR:
+  if kind in (QUADRATIC, MAGNITUDE):
     left, right = jnp.square(left), jnp.square(right)
   if lowrank.is_low_rank(old):
     x_wide = x_wide.reshape(-1, *x.shape[-2:])
@@ -324,6 +353,18 @@ def _rotated(x: Array, kind: str, old, new) -> Array:
   if lowrank.is_low_rank(new):
     return moved.reshape(new.s.shape).astype(x.dtype)
   return view.from_matrix(moved, new.shape).astype(x.dtype)
+
+
+def _rotated_about(x: Array, mean: Array, old, new) -> Array:
+  """A second moment whose mean is known: the variance is what rotates.
+
+  With mu' = M mu N, nu' = (M*M)(nu - mu^2)(N*N) + mu'^2 >= mu'^2, without which
+  a centred optimiser takes the root of something negative.
+  """
+  spread = jnp.maximum(lowrank.wide(x) - jnp.square(lowrank.wide(mean)), 0)
+  moved = lowrank.wide(_rotated(mean, LINEAR, old, new))
+  spread = _rotated(spread, QUADRATIC, old, new)
+  return (spread + jnp.square(moved)).astype(x.dtype)
 
 
 def _side(old, new, side: str) -> Array:

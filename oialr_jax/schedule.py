@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from oialr_jax import layers as layers_lib
 from oialr_jax import lowrank
@@ -117,6 +118,14 @@ class Schedule:
           f'steps from step {self.delay_steps} on; latest must be at least '
           f'{self.delay_steps + self.every}.'
         )
+      if not any(event.last_transition for event in self.events()):
+        raise ValueError(
+          f'latest={self.latest}: no event comes at step {self.latest_steps} '
+          'or after it, so that unstable layers would stay dense; lower '
+          'latest or every, or raise last.'
+        )
+    if self.rank is not None:
+      _check_rank(self.rank)
     if self.rank is not None and self.prune_at_transition:
       raise ValueError(
         f'rank={self.rank} fixes the rank, but prune_at_transition=True '
@@ -274,10 +283,10 @@ def apply_event(
   plan = _Plan.of(event, layers, leaves, converting, schedule)
   if tree.is_concrete((params, opt_state)):
     transforms.check_finite({x.path: _values(leaves[x.path]) for x in layers})
-    do = _jitted()
+    params, opt_state, aligned, found = _jitted()(plan, params, opt_state)
+    _check_aligned(aligned)
   else:
-    do = _do
-  params, opt_state, found = do(plan, params, opt_state)
+    params, opt_state, _, found = _do(plan, params, opt_state)
   gone = set(plan.converted)
   return (
     params,
@@ -345,6 +354,8 @@ def _do(plan: _Plan, params: PyTree, opt_state: PyTree):
   if plan.updated:
     new = transforms.update_basis(new, paths=plan.updated)
     spectra |= _spectra(new, plan.updated)
+  nodes = transforms.low_rank_leaves(new)
+  aligned = {p: _is_aligned(nodes[p]) for p in spectra}
   if plan.pruned:
     new = transforms.prune_aligned(
       new,
@@ -363,7 +374,7 @@ def _do(plan: _Plan, params: PyTree, opt_state: PyTree):
     truncation={p: _lost(spectra[p], kept[p]) for p in spectra},
     drift=metrics.drift(new),
   )
-  return new, opt_state, found
+  return new, opt_state, aligned, found
 
 
 @functools.cache
@@ -383,6 +394,31 @@ def _fit(plan: _Plan) -> dict[str, int]:
     min(plan.rank, x.max_rank) if isinstance(plan.rank, int) else plan.rank
   )
   return {x.path: transforms.layer_rank(x, fits(x)) for x in plan.converting}
+
+
+def _is_aligned(node: lowrank.LowRank) -> Array:
+  """Whether Sigma is diagonal and descending, as an SVD leaves it."""
+  _, s, _ = lowrank.matrices(node)
+  values = jnp.diagonal(s, axis1=-2, axis2=-1)
+  diagonal = jnp.all(s == jax.vmap(jnp.diag)(values))
+  return diagonal & jnp.all(values[:, 1:] <= values[:, :-1])
+
+
+def _check_aligned(aligned: Mapping[str, Array]):
+  for path, ok in jax.device_get(dict(aligned)).items():
+    if not ok:
+      raise np.linalg.LinAlgError(  # a ValueError
+        f'{path!r}: the SVD did not converge. The parameters are unchanged.'
+      )
+
+
+def _check_rank(rank: int | float):
+  share = isinstance(rank, float)
+  if not (0 < rank <= 1 if share else rank >= 1):
+    raise ValueError(
+      f'rank={rank}: must be a number of directions, at least 1, or, as a '
+      'float, a share of min(m, n) in (0, 1].'
+    )
 
 
 def _spectra(params, paths) -> dict[str, Array]:

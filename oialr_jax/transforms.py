@@ -73,7 +73,7 @@ def to_lowrank(
   for layer in layers:
     u, s, vt, _ = found[layer.path]
     nodes[layer.path] = _assemble(
-      layer, leaves[layer.path].dtype, u, s, vt, ranks[layer.path]
+      layer, kernels[layer.path].dtype, u, s, vt, ranks[layer.path]
     )
   return tree.map_with_path(
     lambda path, x: nodes.get(path, x), params, is_leaf=lowrank.is_factored
@@ -143,7 +143,7 @@ def prune_sigma(
   and zeroes the others' columns of U, rows of V^T and entries of Sigma. No
   shape changes. The error is that of Eckart and Young: ||W - W'||_F^2 is the
   sum of the dropped s_i^2, ||W - W'||_2 the largest of them. A Sigma that is
-  not diagonal is aligned first, as by `update_basis`.
+  not diag(s_1, s_2, ...) is aligned first, as by `update_basis`.
 
   Args:
     params: pytree with `LowRank` leaves.
@@ -162,7 +162,7 @@ def prune_sigma(
   nodes = _chosen(params, paths)
   check_finite({path: node.s for path, node in nodes.items()}, 'Sigma')
   parts = {path: lowrank.matrices(node) for path, node in nodes.items()}
-  aligned = linalg.by_shape(_align_unless_diagonal, parts)
+  aligned = linalg.by_shape(_align_unless_aligned, parts)
   _check_decomposed({path: out[-1] for path, out in aligned.items()})
   params = _replaced(
     params,
@@ -291,6 +291,12 @@ def with_trainable(params: PyTree, t: PyTree) -> PyTree:
     raise ValueError(
       f't does not have the structure of trainable(params): {e}'
     ) from e
+  for path, y in zip(tree.flatten(params, lowrank.is_low_rank), new):
+    if not jax.tree_util.all_leaves([y]):
+      raise ValueError(
+        f't does not have the structure of trainable(params): {path!r} is a '
+        f'{type(y).__name__}, not an array; pass it through trainable.'
+      )
   return jax.tree.unflatten(
     treedef,
     [
@@ -471,16 +477,23 @@ def _align(u: Array, s: Array, vt: Array):
 
 
 @jax.jit
-def _align_unless_diagonal(u: Array, s: Array, vt: Array):
-  diagonal = jax.vmap(jnp.diag)(jnp.diagonal(s, axis1=-2, axis2=-1))
+def _align_unless_aligned(u: Array, s: Array, vt: Array):
   return jax.lax.cond(
-    jnp.all(s == diagonal),
+    jnp.all(_is_aligned(s)),
     lambda *parts: (*parts, jnp.ones(s.shape[0], bool)),
     _align,
     u,
     s,
     vt,
   )
+
+
+def _is_aligned(s: Array) -> Array:
+  """Whether Sigma is diag(s_1 >= s_2 >= ... >= 0), as bool `[b]`."""
+  values = jnp.diagonal(s, axis1=-2, axis2=-1)
+  diagonal = jnp.all(s == jax.vmap(jnp.diag)(values), axis=(-2, -1))
+  falling = jnp.all(values[:, :-1] >= values[:, 1:], axis=-1)
+  return diagonal & falling & (values[:, -1] >= 0)
 
 
 def _orthonormalised(u, s, vt):
@@ -492,10 +505,12 @@ def _orthonormalised(u, s, vt):
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5))
 def _prune(u, s, vt, cutoff, max_drop, floor):
-  """Zeroes what the rule of `prune_sigma` drops of a diagonal Sigma."""
+  """Zeroes what the rule of `prune_sigma` drops of an aligned Sigma."""
   live = jnp.sum(lowrank.live(u), axis=-1)
   values = jnp.diagonal(s, axis1=-2, axis2=-1)
   kept = kept_rank(values, live, cutoff, max_drop, floor)
+  # Not aligned: its SVD has failed under a trace, and it is kept as it was.
+  kept = jnp.where(_is_aligned(s), kept, live)
   keep = jnp.arange(s.shape[-1]) < kept[:, None]
   return (
     jnp.where(keep[:, None, :], u, 0),

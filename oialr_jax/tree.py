@@ -19,7 +19,7 @@ def flatten(
   """Returns the leaves by path, in the order of the tree.
 
   Raises:
-    ValueError: two leaves share one path, as with dict keys 1 and '1'.
+    ValueError: two leaves share one path, as with keys 'a/b' and 'a' of {'b': ..}.
   """
   leaves = {}
   for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf):

@@ -11,6 +11,7 @@ import math
 from typing import NamedTuple
 
 from jax.extend import core as jex
+import jax.numpy as jnp
 
 
 class Atom(NamedTuple):
@@ -23,13 +24,28 @@ class Atom(NamedTuple):
 
 Group = tuple[Atom, ...]
 
+# Inside `shard_map`: the same array, as one that may differ between devices.
+VARY = 'pvary'
+
+# Equations that hand on what they get. A sharding constraint is a hint, which
+# the factors do without: they are small, and the compiler spreads it anyway.
+_IDENTITIES = (
+  'copy',
+  'copy_p',
+  'device_put',
+  'optimization_barrier',
+  'sharding_constraint',
+  VARY,
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class View:
   """The axes of a travelling kernel, each a product of atoms.
 
   Attributes:
-    axes: for every axis, its atoms, major first; none for an axis of size 1.
+    axes: for every axis, its atoms, major first; none for one of size 1 that
+      the kernel did not have.
     stacked: atoms that scans have peeled off.
   """
 
@@ -39,9 +55,7 @@ class View:
   @classmethod
   def of(cls, shape: tuple[int, ...]) -> 'View':
     """Of a kernel that has not been touched."""
-    return cls(
-      tuple((Atom(i, 1, n),) if n != 1 else () for i, n in enumerate(shape))
-    )
+    return cls(tuple((Atom(i, 1, n),) for i, n in enumerate(shape)))
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -54,7 +68,7 @@ class View:
 
   def peel(self) -> 'View | None':
     """What one iteration of a scan sees; None when there is no such axis."""
-    if not self.axes or not self.axes[0]:
+    if not self.axes:
       return None
     return View(self.axes[1:], self.stacked + self.axes[0])
 
@@ -63,9 +77,9 @@ def follow(view: View, eqn: jex.JaxprEqn) -> View | None:
   """The view after this equation, or None when it is not only a change of axes."""
   name, params = eqn.primitive.name, eqn.params
   if name == 'convert_element_type':
-    kind = eqn.outvars[0].aval.dtype.kind
-    return view if kind in 'fV' else None  # bfloat16 is of kind V
-  if name in ('copy', 'copy_p', 'device_put', 'optimization_barrier'):
+    floats = jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating)
+    return view if floats else None
+  if name in _IDENTITIES:
     return view if len(eqn.outvars) == 1 else None
   if name == 'transpose':
     return dataclasses.replace(

@@ -1,0 +1,31 @@
+"""The main job: scikit-learn's 8 x 8 handwritten digits, nothing to download.
+
+Command: python -m experiments.digits
+Hardware and minutes: any CPU; under 3 minutes on 2 cores.
+Expected: OIALR at most 0.5 points below dense with at most 20 % trainable.
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+  return ml_collections.ConfigDict(
+    dict(
+      seed=0,
+      steps=900,
+      batch_size=128,
+      eval_batch_size=450,
+      learning_rate=1e-3,
+      warmup=50,
+      weight_decay=0.01,
+      clip=5.0,
+      label_smoothing=0.0,
+      track_every=60,
+      oialr=dict(
+        delay=1 / 3,
+        every=60,
+        cutoff=0.4,
+        progressive=0.5,
+      ),
+    )
+  )

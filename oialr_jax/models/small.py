@@ -1,0 +1,75 @@
+"""The small models of the main job and of MNIST."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+class Mlp(nn.Module):
+  """A multi-layer perceptron over flattened inputs.
+
+  Attributes:
+    widths: of the hidden layers.
+    classes: of the output.
+    dtype: to compute in.
+  """
+
+  widths: Sequence[int] = (512, 512, 512)
+  classes: int = 10
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Array, train: bool = False) -> Array:
+    """Logits `[batch, classes]` of inputs `[batch, ...]`."""
+    del train
+    x = x.reshape(x.shape[0], -1)
+    for i, width in enumerate(self.widths):
+      x = nn.relu(nn.Dense(width, dtype=self.dtype, name=f'dense_{i}')(x))
+    return nn.Dense(self.classes, dtype=self.dtype, name='head')(x)
+
+
+class MnistCnn(nn.Module):
+  """Strided convolutions and two dense layers, quick on a CPU.
+
+  Attributes:
+    channels: of the convolutions, each `kernel` wide with stride 2.
+    kernel: the convolutions' height and width.
+    width: of the hidden dense layer.
+    classes: of the output.
+    batch_norm: normalise after every layer but the last.
+    dropout: rate after the hidden layer.
+    dtype: to compute in.
+  """
+
+  channels: Sequence[int] = (32, 64)
+  kernel: int = 5
+  width: int = 256
+  classes: int = 10
+  batch_norm: bool = False
+  dropout: float = 0.5
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Array, train: bool = False) -> Array:
+    """Logits `[batch, classes]` of images `[batch, height, width, channels]`."""
+    for i, channels in enumerate(self.channels):
+      window = (self.kernel, self.kernel)
+      conv = nn.Conv(
+        channels, window, strides=2, dtype=self.dtype, name=f'conv_{i}'
+      )
+      x = nn.relu(self._norm(conv(x), f'norm_{i}', train))
+    x = x.reshape(x.shape[0], -1)
+    x = nn.Dense(self.width, dtype=self.dtype, name='hidden')(x)
+    x = nn.relu(self._norm(x, 'norm_hidden', train))
+    x = nn.Dropout(self.dropout, deterministic=not train)(x)
+    return nn.Dense(self.classes, dtype=self.dtype, name='head')(x)
+
+  def _norm(self, x: Array, name: str, train: bool) -> Array:
+    if not self.batch_norm:
+      return x
+    return nn.BatchNorm(not train, momentum=0.9, dtype=self.dtype, name=name)(x)

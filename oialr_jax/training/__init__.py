@@ -1,0 +1,12 @@
+"""Training: the jitted steps, the loop around them, and who listens."""
+
+from oialr_jax.training.callbacks import Callback
+from oialr_jax.training.callbacks import Jsonl
+from oialr_jax.training.callbacks import Progress
+from oialr_jax.training.callbacks import TensorBoard
+from oialr_jax.training.loop import Compaction
+from oialr_jax.training.loop import fit
+from oialr_jax.training.loop import Result
+from oialr_jax.training.steps import eval_step
+from oialr_jax.training.steps import train_step
+from oialr_jax.training.steps import TrainState

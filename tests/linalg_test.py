@@ -1,0 +1,163 @@
+"""Tests of the decompositions, against NumPy in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from oialr_jax import linalg
+from tests import kernels
+
+
+@pytest.fixture(autouse=True, scope='module')
+def _quickly():
+  yield from kernels.quick_compilation()
+
+
+def _random(*shape, seed=0):
+  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def _transposed(x):
+  return np.swapaxes(x, -1, -2)
+
+
+@pytest.mark.parametrize('m, n', [(7, 4), (4, 7), (5, 5), (3, 1), (1, 3)])
+def test_svd_decomposes_with_unique_signs(m, n):
+  w = _random(2, m, n)
+  u, s, vt = map(kernels.float64, jax.jit(linalg.svd)(w))
+  k = min(m, n)
+  assert (u.shape, s.shape, vt.shape) == ((2, m, k), (2, k), (2, k, n))
+  assert kernels.error(u * s[:, None] @ vt, w) < 1e-6
+  np.testing.assert_allclose(
+    s, kernels.singular_values(kernels.float64(w)), rtol=1e-5
+  )
+  largest = np.take_along_axis(u, np.argmax(np.abs(u), -2)[:, None], -2)
+  assert np.all(largest > 0)
+
+
+def test_the_svd_of_a_falling_diagonal_is_the_identity():
+  values = np.array([[5.0, 3, 2, 1, 0]], np.float32)
+  u, s, vt = linalg.svd(np.stack([np.diag(x) for x in values]))
+  np.testing.assert_array_equal(s, values)
+  np.testing.assert_array_equal(u[0], np.eye(5))
+  np.testing.assert_array_equal(vt[0], np.eye(5))
+
+
+@pytest.mark.parametrize(
+  'live',
+  [
+    pytest.param([1, 1, 1, 1, 1], id='all'),
+    pytest.param([1, 1, 1, 0, 0], id='first'),
+    pytest.param([0, 1, 0, 1, 1], id='not_first'),
+    pytest.param([0, 0, 0, 0, 0], id='none'),
+  ],
+)
+@pytest.mark.parametrize(
+  'scale',
+  [
+    pytest.param(1.0, id='full_rank'),
+    pytest.param(0.0, id='zero'),
+    pytest.param([1, 0, 0, 0, 0], id='rank_1'),
+    pytest.param(1e-6, id='tiny'),
+    pytest.param(1e6, id='huge'),
+  ],
+)
+def test_svd_live_decomposes_the_live_block(live, scale):
+  live = np.array([live, [1, 1, 0, 0, 0]], bool)
+  s = _random(2, 5, 5) * np.asarray(scale, np.float32)
+  u, values, vt = map(kernels.float64, jax.jit(linalg.svd_live)(s, live))
+  block = kernels.float64(s) * live[:, None, :] * live[:, :, None]
+  size = np.linalg.norm(block)
+  np.testing.assert_allclose(u * values[:, None] @ vt, block, atol=2e-6 * size)
+  np.testing.assert_allclose(
+    values, kernels.singular_values(block), atol=2e-6 * size
+  )
+  for i, k in enumerate(live.sum(axis=-1)):
+    # Live directions come first and are orthonormal, without any part in the
+    # pruned coordinates; behind them there is nothing.
+    eye = np.diag((np.arange(5) < k).astype(float))
+    for x in (u[i], vt[i].T):
+      np.testing.assert_allclose(x.T @ x, eye, atol=1e-5)
+      np.testing.assert_allclose(x[~live[i]], 0, atol=1e-6)
+      assert not np.any(x[:, k:])
+    assert not np.any(values[i, k:])
+
+
+@pytest.mark.parametrize('m, n', [(7, 4), (4, 7), (5, 5)])
+def test_polar_is_the_orthogonal_factor(m, n):
+  w = _random(2, m, n)
+  np.testing.assert_allclose(
+    linalg.polar(w), kernels.polar(kernels.float64(w)), atol=1e-5
+  )
+
+
+def test_polar_leaves_out_directions_without_length():
+  # The largest rounding error of such an SVD is some eps of the spectrum.
+  rng = np.random.default_rng(0)
+  u, v = (kernels.orthonormal(rng, 3, 64, 32) for _ in range(2))
+  u[2] = 0
+  w = kernels.array(u @ _transposed(v), 'float32')
+  np.testing.assert_allclose(linalg.polar(w), w, atol=1e-5)
+
+
+def test_drift_measures_live_columns_only():
+  q = kernels.orthonormal(np.random.default_rng(0), 3, 6, 4)
+  q[1, :, 3] = 0
+  q[2, :, 2] *= 1.1
+  np.testing.assert_allclose(
+    linalg.drift(jnp.float32(q)), [0, 0, 0.21], atol=1e-6
+  )
+
+
+def test_qr_live_keeps_pruned_columns_zero():
+  u = _random(2, 6, 4)
+  u[1, :, 2:] = 0
+  q, triangle = map(kernels.float64, linalg.qr_live(u))
+  assert kernels.error(q @ triangle, u) < 1e-6
+  eye = np.eye(4) * np.any(u != 0, axis=-2)[:, None]
+  np.testing.assert_allclose(_transposed(q) @ q, eye, atol=1e-6)
+  np.testing.assert_array_equal(np.tril(triangle, -1), 0)
+  assert not np.any(q[1, :, 2:])
+  assert not np.any(triangle[1, 2:])
+
+
+def test_qr_live_flips_no_sign():
+  u = kernels.orthonormal(np.random.default_rng(0), 2, 6, 4)
+  u *= [1, -1, 1, -1]
+  q, triangle = linalg.qr_live(jnp.float32(u))
+  np.testing.assert_allclose(q, u, atol=1e-6)
+  np.testing.assert_allclose(triangle, np.stack([np.eye(4)] * 2), atol=1e-6)
+
+
+def test_by_shape_calls_once_for_equal_shapes_and_types():
+  calls = []
+
+  def f(x, y):
+    calls.append((x.shape, str(x.dtype), y.shape))
+    return x + y[..., :1], y.sum(-1)
+
+  operands = {
+    'a': (_random(1, 3), _random(1, 2)),
+    'odd': (_random(2, 4), _random(2, 2)),
+    'b': (_random(2, 3, seed=1), _random(2, 2, seed=1)),
+    'narrow': (jnp.bfloat16(_random(1, 3)), _random(1, 2)),
+    'c': (_random(1, 3, seed=2), _random(1, 2, seed=2)),
+    'second': (_random(1, 3), _random(1, 5)),
+  }
+  found = linalg.by_shape(f, operands)
+  assert list(found) == list(operands)
+  assert set(calls) == {
+    ((4, 3), 'float32', (4, 2)),
+    ((2, 4), 'float32', (2, 2)),
+    ((1, 3), 'bfloat16', (1, 2)),
+    ((1, 3), 'float32', (1, 5)),
+  }
+  assert len(calls) == 4
+  for path, (x, y) in operands.items():
+    np.testing.assert_array_equal(found[path][0], x + y[..., :1])
+    np.testing.assert_allclose(found[path][1], y.sum(-1), rtol=1e-6)
+
+
+def test_by_shape_of_nothing_is_nothing():
+  assert linalg.by_shape(linalg.svd, {}) == {}

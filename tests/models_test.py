@@ -1,0 +1,41 @@
+"""Tests of the small models."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import oialr_jax as oialr
+from oialr_jax import models
+
+
+@pytest.mark.parametrize(
+  'model, shape, numbers',
+  [
+    (models.Mlp(), (2, 8, 8, 1), 563_722),
+    (models.MnistCnn(), (2, 28, 28, 1), 857_738),
+    (models.MnistCnn(batch_norm=True), (2, 28, 28, 1), 857_738 + 2 * 352),
+  ],
+)
+def test_parameter_counts(model, shape, numbers):
+  shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.ones(shape))
+  assert oialr.count(shapes['params']).dense == numbers
+
+
+def test_every_kernel_of_the_cnn_is_found_in_order():
+  model, x = models.MnistCnn(), jnp.ones((2, 28, 28, 1))
+  variables = jax.eval_shape(model.init, jax.random.key(0), x)
+  layers = oialr.find_layers(
+    lambda p, x: model.apply({'params': p}, x), variables['params'], x
+  )
+  assert [layer.path for layer in layers] == [
+    'conv_0/kernel',
+    'conv_1/kernel',
+    'hidden/kernel',
+    'head/kernel',
+  ]
+  assert [layer.matrix for layer in layers] == [
+    (25, 32),
+    (800, 64),
+    (3136, 256),
+    (256, 10),
+  ]

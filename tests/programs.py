@@ -1,0 +1,1007 @@
+"""Programs of many kinds, with the layers that are theirs.
+
+What `find_layers` must say of each is written down by hand, and what `factored`
+computes of each is compared with the same program on dense kernels.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import flax.linen as nn
+from flax import nnx
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import oialr_jax as oialr
+
+Shape = jax.ShapeDtypeStruct
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """A function of parameters, and what there is to find in it.
+
+  Attributes:
+    fn: called as `fn(params, *args)`.
+    params: of shapes.
+    args: arrays, and what else fn takes.
+    layers: those that can be low-rank.
+    reasons: of the other kernels, patterns of what is said of them.
+    low_rank: layers that make the low-rank kernels of a test of values; by
+      default `layers`. With others, kernels are low-rank that had better not.
+    has_gradient: false with a `while`.
+  """
+
+  fn: Callable[..., Any]
+  params: Any
+  args: tuple[Any, ...]
+  layers: tuple[oialr.Layer, ...] = ()
+  reasons: dict[str, str] = dataclasses.field(default_factory=dict)
+  low_rank: tuple[oialr.Layer, ...] = ()
+  has_gradient: bool = True
+
+
+PROGRAMS: dict[str, Callable[[], Program]] = {}
+ODD_PROGRAMS: dict[str, Callable[[], Program]] = {}
+
+
+def program(make: Callable[[], Program]) -> Callable[[], Program]:
+  """Registers a program whose kernels can all be low-rank."""
+  PROGRAMS[make.__name__] = functools.cache(make)
+  return PROGRAMS[make.__name__]
+
+
+def odd(make: Callable[[], Program]) -> Callable[[], Program]:
+  """Registers a program with a kernel that cannot be, each for one reason."""
+  ODD_PROGRAMS[make.__name__] = functools.cache(make)
+  return ODD_PROGRAMS[make.__name__]
+
+
+def shapes(dtype: Any = jnp.float32, **params: tuple[int, ...]) -> Any:
+  return {path: Shape(shape, dtype) for path, shape in params.items()}
+
+
+def normal(*shape: int, seed: int = 0, dtype: Any = jnp.float32) -> Any:
+  """Standard normal values, as a NumPy array."""
+  rng = np.random.default_rng([seed, *shape])
+  return rng.normal(size=shape).astype(dtype)
+
+
+def values(params: Any, seed: int = 0) -> Any:
+  """Arrays for shapes, scaled so that activations are neither tiny nor huge."""
+  rng = np.random.default_rng(seed)
+
+  def of(x):
+    if not isinstance(x, Shape):
+      return x
+    fan_in = math.prod(x.shape[:-1]) ** 0.5 if x.ndim > 1 else 1.0
+    return _array(rng.normal(size=x.shape) / fan_in, x.dtype)
+
+  return jax.tree.map(of, params)
+
+
+def with_low_rank(
+  params: Any,
+  layers: tuple[oialr.Layer, ...],
+  rank: Callable[[oialr.Layer], int],
+  *,
+  pruned: int = 0,
+  seed: int = 1,
+) -> Any:
+  """params with a random `LowRank`, Sigma full, for every kernel in layers.
+
+  The last `pruned` directions are zero.
+  """
+  rng = np.random.default_rng(seed)
+  by_path = {layer.path: layer for layer in layers}
+
+  def of(path, x):
+    layer = by_path.get(path)
+    return x if layer is None else node(layer, x.dtype, rank(layer))
+
+  def node(layer, dtype, r):
+    batch, rows, cols = layer.view.split(layer.shape)
+    live = np.arange(r) < r - pruned
+    u = rng.normal(size=(*batch, *rows, r)) / math.prod(rows) ** 0.5
+    s = rng.normal(size=(*batch, r, r)) / r**0.5
+    vt = rng.normal(size=(*batch, r, *cols))
+    vt = vt * live.reshape(r, *[1] * len(cols))
+    return oialr.LowRank(
+      _array(u * live, dtype),
+      _array(s * live * live[:, None], dtype),
+      _array(vt, dtype),
+      layer.view,
+    )
+
+  leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+  name = lambda p: jax.tree_util.keystr(p, simple=True, separator='/')
+  return jax.tree.unflatten(treedef, [of(name(p), x) for p, x in leaves])
+
+
+def _array(x, dtype):
+  return jnp.asarray(x.astype(dtype))  # cast by NumPy: nothing is compiled
+
+
+def dot(path, shape, rows, cols, tokens, order=0, batch=()) -> oialr.Layer:
+  return oialr.Layer(path, shape, rows, cols, batch, 'dot', tokens, order)
+
+
+def conv(path, shape, rows, cols, tokens, order=0) -> oialr.Layer:
+  return oialr.Layer(path, shape, rows, cols, (), 'conv', tokens, order)
+
+
+# Functions written by hand.
+
+
+@program
+def mlp():
+  def fn(p, x):
+    for name in ('a', 'b', 'c'):
+      x = jnp.tanh(x @ p[name]['w'] + p[name]['b'])
+    return x
+
+  layer = lambda m, n: shapes(w=(m, n), b=(n,))
+  return Program(
+    fn,
+    {'a': layer(8, 9), 'b': layer(9, 7), 'c': layer(7, 5)},
+    (normal(2, 3, 8),),
+    (
+      dot('a/w', (8, 9), (0,), (1,), 6, 0),
+      dot('b/w', (9, 7), (0,), (1,), 6, 1),
+      dot('c/w', (7, 5), (0,), (1,), 6, 2),
+    ),
+  )
+
+
+@program
+def from_both_sides():
+  """Transposed on the way, and multiplied from the left."""
+
+  def fn(p, x):
+    return jnp.tanh(p['left'] @ jnp.tanh(x @ p['out_in'].T).T)
+
+  return Program(
+    fn,
+    shapes(out_in=(9, 8), left=(7, 9)),
+    (normal(5, 8),),
+    (
+      dot('out_in', (9, 8), (1,), (0,), 5, 0),
+      dot('left', (7, 9), (1,), (0,), 5, 1),
+    ),
+  )
+
+
+@program
+def used_twice():
+  """By two calls in one role: their tokens add up. Used in order b, a."""
+
+  def fn(p, x, y):
+    shared = lambda x: jnp.tanh(x @ p['b'])
+    return shared(shared(x)) @ p['a'], shared(y)
+
+  return Program(
+    fn,
+    shapes(a=(8, 6), b=(8, 8)),
+    (normal(5, 8), normal(2, 2, 8)),
+    (
+      dot('b', (8, 8), (0,), (1,), 5 + 5 + 4, 0),
+      dot('a', (8, 6), (0,), (1,), 5, 1),
+    ),
+  )
+
+
+@program
+def fused_heads():
+  """Kernels whose axes are split or merged before the product."""
+
+  def fn(p, x):
+    qkv = p['qkv'].reshape(8, 3, 2, 4)
+    q, k, v = jnp.einsum('te,eqhd->qthd', x, qkv)
+    y = jnp.einsum('thd,thd,thd->thd', jnp.tanh(q), k, v)
+    y = jnp.einsum('thd,hde->te', y, p['split_rows'].reshape(2, 4, 9))
+    return y @ p['merged'].reshape(9, 6)
+
+  return Program(
+    fn,
+    shapes(qkv=(8, 24), split_rows=(8, 9), merged=(9, 2, 3)),
+    (normal(5, 8),),
+    (
+      dot('qkv', (8, 24), (0,), (1,), 5, 0),
+      dot('split_rows', (8, 9), (0,), (1,), 5, 1),
+      dot('merged', (9, 2, 3), (0,), (1, 2), 5, 2),
+    ),
+  )
+
+
+@program
+def mixed_precision():
+  """float32 parameters, bfloat16 activations, sums in float32."""
+
+  def fn(p, x):
+    x = jnp.tanh(x.astype(jnp.bfloat16) @ p['a'].astype(jnp.bfloat16))
+    x = lax.dot_general(
+      x,
+      p['b'].astype(jnp.bfloat16),
+      (((1,), (0,)), ((), ())),
+      preferred_element_type=jnp.float32,
+    )
+    return x, x.astype(jnp.bfloat16) @ p['c']
+
+  return Program(
+    fn,
+    shapes(a=(8, 9), b=(9, 7)) | shapes(jnp.bfloat16, c=(7, 6)),
+    (normal(5, 8),),
+    (
+      dot('a', (8, 9), (0,), (1,), 5, 0),
+      dot('b', (9, 7), (0,), (1,), 5, 1),
+      dot('c', (7, 6), (0,), (1,), 5, 2),
+    ),
+  )
+
+
+@program
+def experts():
+  """Stacked kernels, by `vmap` and by einsum, their batch axis anywhere."""
+
+  def fn(p, x):
+    y = jax.vmap(lambda w, x: jnp.tanh(x @ w))(p['leading'], x)
+    return jnp.einsum('btm,mbn->btn', y, p['inner'])
+
+  return Program(
+    fn,
+    shapes(leading=(3, 8, 9), inner=(9, 3, 5)),
+    (normal(3, 4, 8),),
+    (
+      dot('leading', (3, 8, 9), (1,), (2,), 4, 0, batch=(0,)),
+      dot('inner', (9, 3, 5), (0,), (2,), 4, 1, batch=(1,)),
+    ),
+  )
+
+
+@program
+def one_head():
+  """Axes of size 1 are rows or columns like any other."""
+
+  def fn(p, x):
+    q = jnp.tanh(jnp.einsum('te,ehd->thd', x, p['query']))
+    x = jnp.einsum('thd,hde->te', q, p['out'])
+    return lax.conv_general_dilated(
+      x.reshape(1, 1, 5, 8),
+      p['pointwise'],
+      (1, 1),
+      'SAME',
+      dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+    )
+
+  return Program(
+    fn,
+    shapes(query=(8, 1, 6), out=(1, 6, 8), pointwise=(1, 1, 8, 7)),
+    (normal(5, 8),),
+    (
+      dot('query', (8, 1, 6), (0,), (1, 2), 5, 0),
+      dot('out', (1, 6, 8), (0, 1), (2,), 5, 1),
+      conv('pointwise', (1, 1, 8, 7), (0, 1, 2), (3,), 5, 2),
+    ),
+  )
+
+
+def _stack(p, x):
+  def layer(x, p):
+    return jnp.tanh(x @ p['w'] + p['b']), x.sum()
+
+  return lax.scan(layer, x, p)
+
+
+@program
+def scanned_stack():
+  """Layers in a scan: the leading axis of their kernel is a batch axis."""
+  return Program(
+    _stack,
+    shapes(w=(3, 8, 8), b=(3, 8)),
+    (normal(5, 8),),
+    (dot('w', (3, 8, 8), (1,), (2,), 5, 0, batch=(0,)),),
+  )
+
+
+@program
+def scanned_stack_of_one():
+  return Program(
+    _stack,
+    shapes(w=(1, 8, 8), b=(1, 8)),
+    (normal(5, 8),),
+    (dot('w', (1, 8, 8), (1,), (2,), 5, 0, batch=(0,)),),
+  )
+
+
+@program
+def recurrent_stack():
+  """A stack of recurrent layers: a scan over time in a scan over layers."""
+
+  def fn(p, xs):
+    def layer(xs, p):
+      def step(h, x):
+        h = jnp.tanh(h @ p['h'] + x @ p['x'])
+        return h, h
+
+      return lax.scan(step, jnp.zeros_like(xs[0]), xs)[1], None
+
+    xs, _ = lax.scan(layer, xs, {'h': p['h'], 'x': p['x']})
+    return lax.scan(lambda c, x: (c + x @ p['read'], None), 0 * xs[0], xs)[0]
+
+  return Program(
+    fn,
+    shapes(h=(3, 8, 8), x=(3, 8, 8), read=(8, 8)),
+    (normal(5, 3, 8),),
+    (
+      dot('h', (3, 8, 8), (1,), (2,), 5 * 3, 0, batch=(0,)),
+      dot('x', (3, 8, 8), (1,), (2,), 5 * 3, 1, batch=(0,)),
+      dot('read', (8, 8), (0,), (1,), 5 * 3, 2),
+    ),
+  )
+
+
+@program
+def two_stacks():
+  """A scan in a scan, each over its own axis of the kernel."""
+
+  def fn(p, x):
+    inner = lambda x, w: (jnp.tanh(x @ w), None)
+    return lax.scan(lambda x, w: lax.scan(inner, x, w), x, p['w'])[0]
+
+  return Program(
+    fn,
+    shapes(w=(2, 3, 8, 8)),
+    (normal(5, 8),),
+    (dot('w', (2, 3, 8, 8), (2,), (3,), 5, 0, batch=(0, 1)),),
+  )
+
+
+@program
+def rematerialised():
+  """`jax.checkpoint` with policies, around a scan and inside of it."""
+  policies = jax.checkpoint_policies
+
+  @functools.partial(jax.checkpoint, policy=policies.dots_saveable)
+  def layer(x, w):
+    return jnp.tanh(x @ w), None
+
+  @functools.partial(jax.checkpoint, policy=policies.nothing_saveable)
+  def fn(p, x):
+    x, _ = lax.scan(layer, x, p['stack'])
+    return jax.checkpoint(jnp.dot)(x, p['out'])
+
+  return Program(
+    fn,
+    shapes(stack=(3, 8, 8), out=(8, 7)),
+    (normal(5, 8),),
+    (
+      dot('stack', (3, 8, 8), (1,), (2,), 5, 0, batch=(0,)),
+      dot('out', (8, 7), (0,), (1,), 5, 1),
+    ),
+  )
+
+
+@program
+def branches():
+  """Every branch of a `cond` counts."""
+
+  def fn(p, x):
+    return lax.switch(
+      jnp.argmax(x[0, :3]),
+      [
+        lambda x: jnp.tanh(x @ p['a']) @ p['b'],
+        lambda x: x[:, :6] + 1.0,
+        lambda x: x @ p['b'],
+      ],
+      x,
+    )
+
+  return Program(
+    fn,
+    shapes(a=(8, 8), b=(8, 6)),
+    (normal(5, 8, seed=3),),
+    (
+      dot('a', (8, 8), (0,), (1,), 5, 0),
+      dot('b', (8, 6), (0,), (1,), 10, 1),
+    ),
+  )
+
+
+@program
+def custom_rules():
+  """Kernels that pass through functions with derivatives of their own."""
+
+  @jax.custom_jvp
+  def dense(x, w):
+    return x @ w
+
+  @dense.defjvp
+  def _(primals, tangents):
+    (x, w), (dx, dw) = primals, tangents
+    return x @ w, dx @ w + 2.0 * (x @ dw)  # not the derivative, to be seen
+
+  @jax.custom_vjp
+  def clipped(x, w):
+    return x @ w
+
+  clipped.defvjp(
+    lambda x, w: (x @ w, (x, w)),
+    lambda saved, g: (0.5 * (g @ saved[1].T), 3.0 * (saved[0].T @ g)),
+  )
+
+  def fn(p, x):
+    return clipped(jax.nn.relu(dense(x, p['a'])), p['b'])
+
+  return Program(
+    fn,
+    shapes(a=(8, 9), b=(9, 6)),
+    (normal(5, 8),),
+    (
+      dot('a', (8, 9), (0,), (1,), 5, 0),
+      dot('b', (9, 6), (0,), (1,), 5, 1),
+    ),
+  )
+
+
+@program
+def dilated_convs():
+  """Strides, paddings, dilations of image and kernel, any order of axes."""
+
+  def fn(p, x):
+    x = lax.conv_general_dilated(
+      x,
+      p['hwio'],
+      (2, 1),
+      [(1, 2), (0, 1)],
+      rhs_dilation=(1, 2),
+      dimension_numbers=('NHWC', 'HWIO', 'NCHW'),
+    )
+    return lax.conv_general_dilated(
+      jnp.tanh(x),
+      p['oihw'],
+      (1, 2),
+      [(0, 0), (0, 0)],
+      lhs_dilation=(2, 1),
+      dimension_numbers=('NCHW', 'OIHW', 'NHWC'),
+    )
+
+  return Program(
+    fn,
+    shapes(hwio=(3, 2, 4, 7), oihw=(5, 7, 2, 1)),
+    (normal(2, 6, 7, 4),),
+    (
+      conv('hwio', (3, 2, 4, 7), (0, 1, 2), (3,), 2 * 4 * 6, 0),
+      conv('oihw', (5, 7, 2, 1), (1, 2, 3), (0,), 2 * 6 * 3, 1),
+    ),
+  )
+
+
+# Flax Linen.
+
+
+def _linen(model, *args, **kwargs):
+  """Shapes of the parameters, and the function of them."""
+  init = functools.partial(model.init, **kwargs)
+  variables = jax.eval_shape(init, jax.random.key(0), *args)
+  fn = lambda p, *args: model.apply({'params': p}, *args, **kwargs)
+  return fn, nn.unbox(variables)['params']
+
+
+@program
+def linen_dense():
+  model = nn.Sequential(
+    [
+      nn.Dense(9),
+      nn.tanh,
+      nn.DenseGeneral((2, 3)),
+      nn.tanh,
+      nn.DenseGeneral(7, axis=(-2, -1)),
+      nn.LayerNorm(),
+      nn.Einsum((7, 2, 4), 'ta,abc->tbc'),
+    ]
+  )
+  x = normal(5, 8)
+  return Program(
+    *_linen(model, x),
+    (x,),
+    (
+      dot('layers_0/kernel', (8, 9), (0,), (1,), 5, 0),
+      dot('layers_2/kernel', (9, 2, 3), (0,), (1, 2), 5, 1),
+      dot('layers_4/kernel', (2, 3, 7), (0, 1), (2,), 5, 2),
+      dot('layers_6/kernel', (7, 2, 4), (0,), (1, 2), 5, 3),
+    ),
+  )
+
+
+@program
+def linen_attention():
+  """Dropout by a key, which is an argument."""
+  model = nn.MultiHeadDotProductAttention(2, qkv_features=6, dropout_rate=0.5)
+
+  def fn(p, x, key, deterministic):
+    return model.apply(
+      {'params': p}, x, deterministic=deterministic, rngs={'dropout': key}
+    )
+
+  x = normal(2, 5, 8)
+  _, params = _linen(model, x, deterministic=True)
+  qkv = lambda name, i: dot(f'{name}/kernel', (8, 2, 3), (0,), (1, 2), 10, i)
+  return Program(
+    fn,
+    params,
+    (x, jax.random.key(1), False),
+    (
+      qkv('query', 0),
+      qkv('key', 1),
+      qkv('value', 2),
+      dot('out/kernel', (2, 3, 8), (0, 1), (2,), 10, 3),
+    ),
+  )
+
+
+@program
+def linen_convs():
+  """1D, 2D and 3D, and statistics that change."""
+
+  class Model(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      x = nn.Conv(6, (3,), strides=2, padding='SAME')(x)
+      x = nn.BatchNorm(use_running_average=False)(x)
+      x = nn.Conv(5, (2, 2), padding='VALID', kernel_dilation=2)(
+        x.reshape(2, 2, 4, 6)[:, :, :, :].repeat(2, axis=1)
+      )
+      x = nn.Conv(7, (1, 2, 1), padding=1)(x[:, None])
+      return x
+
+  x = normal(2, 16, 3)
+  variables = jax.eval_shape(Model().init, jax.random.key(0), x)
+  stats = jax.tree.map(
+    lambda x: jnp.ones(x.shape, x.dtype), variables['batch_stats']
+  )
+
+  def fn(p, stats, x):
+    variables = {'params': p, 'batch_stats': stats}
+    return Model().apply(variables, x, mutable=['batch_stats'])
+
+  return Program(
+    fn,
+    variables['params'],
+    (stats, x),
+    (
+      conv('Conv_0/kernel', (3, 3, 6), (0, 1), (2,), 16, 0),
+      conv('Conv_1/kernel', (2, 2, 6, 5), (0, 1, 2), (3,), 2 * 2 * 2, 1),
+      conv('Conv_2/kernel', (1, 2, 1, 5, 7), (0, 1, 2, 3), (4,), 2 * 36, 2),
+    ),
+  )
+
+
+@program
+def linen_transposed_conv():
+  model = nn.ConvTranspose(5, (3,), strides=(2,))
+  x = normal(2, 4, 6)
+  return Program(
+    *_linen(model, x),
+    (x,),
+    (conv('kernel', (3, 6, 5), (0, 1), (2,), 16),),
+  )
+
+
+class _Block(nn.Module):
+  features: int
+
+  @nn.compact
+  def __call__(self, x, _=None):
+    return jnp.tanh(nn.Dense(self.features, dtype=jnp.bfloat16)(x)), None
+
+
+@program
+def linen_remat_scan():
+  """`nn.scan` of `nn.remat`, computing in bfloat16 on float32 parameters."""
+  model = nn.scan(
+    nn.remat(_Block, policy=jax.checkpoint_policies.dots_saveable),
+    variable_axes={'params': 0},
+    split_rngs={'params': True},
+    length=3,
+  )(8)
+  x = normal(5, 8).astype(jnp.bfloat16)
+  return Program(
+    *_linen(model, x),
+    (x,),
+    (dot('Dense_0/kernel', (3, 8, 8), (1,), (2,), 5, batch=(0,)),),
+  )
+
+
+@program
+def linen_scan_last():
+  """A stack whose axis is not the first: each step sees what it would."""
+  model = nn.scan(
+    _Block,
+    variable_axes={'params': 1},
+    split_rngs={'params': True},
+    length=3,
+  )(8)
+  x = normal(5, 8).astype(jnp.bfloat16)
+  return Program(
+    *_linen(model, x),
+    (x,),
+    (dot('Dense_0/kernel', (8, 3, 8), (0,), (2,), 5, batch=(1,)),),
+  )
+
+
+@program
+def linen_lstm():
+  """A kernel of a recurrent cell sees every step's tokens."""
+  model = nn.RNN(nn.SimpleCell(6))
+  x = normal(2, 5, 4)
+  return Program(
+    *_linen(model, x),
+    (x,),
+    (
+      dot('cell/i/kernel', (4, 6), (0,), (1,), 10, 0),
+      dot('cell/h/kernel', (6, 6), (0,), (1,), 10, 1),
+    ),
+  )
+
+
+# Other libraries.
+
+
+@program
+def nnx_module():
+  """Functional, by `nnx.split` and `nnx.merge`; its statistics change."""
+
+  class Model(nnx.Module):
+    def __init__(self, rngs):
+      self.conv = nnx.Conv(3, 6, (3,), padding='SAME', rngs=rngs)
+      self.norm = nnx.BatchNorm(6, rngs=rngs)
+      self.dense = nnx.LinearGeneral(6, (2, 5), rngs=rngs)
+      self.out = nnx.Linear(5, 7, rngs=rngs)
+
+    def __call__(self, x):
+      return self.out(jnp.tanh(self.dense(self.norm(self.conv(x)))))
+
+  model = nnx.eval_shape(lambda: Model(nnx.Rngs(0)))
+  graph, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+  stats = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), stats)
+
+  def fn(params, stats, x):
+    model = nnx.merge(graph, params, stats)
+    return model(x), nnx.state(model, nnx.BatchStat)
+
+  return Program(
+    fn,
+    params,
+    (stats, normal(2, 4, 3)),
+    (
+      conv('conv/kernel/value', (3, 3, 6), (0, 1), (2,), 8, 0),
+      dot('dense/kernel/value', (6, 2, 5), (0,), (1, 2), 8, 1),
+      dot('out/kernel/value', (5, 7), (0,), (1,), 16, 2),
+    ),
+  )
+
+
+@program
+def equinox_module():
+  """Weights (out, in) and OIHW, functions among the leaves, `vmap`."""
+  eqx = pytest.importorskip('equinox')
+
+  class Model(eqx.Module):
+    conv: eqx.nn.Conv2d
+    attention: eqx.nn.MultiheadAttention
+    mlp: eqx.nn.MLP
+
+    def __init__(self, key):
+      self.conv = eqx.nn.Conv2d(2, 6, 2, stride=2, key=key)
+      self.attention = eqx.nn.MultiheadAttention(2, 6, key=key)
+      self.mlp = eqx.nn.MLP(6, 5, 7, 1, key=key)
+
+    def __call__(self, x):
+      x = jnp.tanh(self.conv(x)).reshape(6, 4).T
+      return jax.vmap(self.mlp)(self.attention(x, x, x))
+
+  weight = lambda name, n, i: dot(
+    f'attention/{name}_proj/weight', (6, 6), (1,), (0,), n, i
+  )
+  return Program(
+    lambda model, xs: jax.vmap(model)(xs),
+    eqx.filter_eval_shape(Model, jax.random.key(0)),
+    (normal(5, 2, 4, 4),),
+    (
+      conv('conv/weight', (6, 2, 2, 2), (1, 2, 3), (0,), 20, 0),
+      weight('query', 20, 1),
+      weight('key', 20, 2),
+      weight('value', 20, 3),
+      weight('output', 20, 4),
+      dot('mlp/layers/0/weight', (7, 6), (1,), (0,), 20, 5),
+      dot('mlp/layers/1/weight', (5, 7), (1,), (0,), 20, 6),
+    ),
+  )
+
+
+@program
+def haiku_transform():
+  hk = pytest.importorskip('haiku')
+
+  def forward(x):
+    x = jax.nn.relu(hk.Conv2D(5, 3, stride=2)(x))
+    return hk.nets.MLP([6, 4])(hk.Flatten()(x))
+
+  model = hk.without_apply_rng(hk.transform(forward))
+  x = normal(2, 4, 4, 3)
+  name = 'mlp/~/linear_'
+  return Program(
+    model.apply,
+    jax.eval_shape(model.init, jax.random.key(0), x),
+    (x,),
+    (
+      conv('conv2_d/w', (3, 3, 3, 5), (0, 1, 2), (3,), 8, 0),
+      dot(f'{name}0/w', (20, 6), (0,), (1,), 2, 1),
+      dot(f'{name}1/w', (6, 4), (0,), (1,), 2, 2),
+    ),
+  )
+
+
+# Programs with kernels that cannot be low-rank.
+
+
+def _odd(fn, params, args, reasons, layers=(), low_rank=(), **kwargs):
+  """By default every kernel of two axes is low-rank, (in, out)."""
+  if not low_rank:
+    low_rank = tuple(
+      dot(path, x.shape, tuple(range(x.ndim - 1)), (x.ndim - 1,), 0)
+      for path, x in params.items()
+      if x.ndim > 1
+    )
+  return Program(fn, params, args, tuple(layers), reasons, low_rank, **kwargs)
+
+
+@odd
+def tied_embedding():
+  def fn(p, tokens):
+    x = jnp.tanh(p['embedding'][tokens] + p['position'])
+    return jnp.tanh(x @ p['w']) @ p['embedding'].T
+
+  return _odd(
+    fn,
+    shapes(embedding=(7, 6), w=(6, 6), position=(3, 6)),
+    (np.array([[1, 2, 3], [5, 5, 0]]),),
+    {
+      'embedding': 'consumed by gather',
+      'position': 'consumed by broadcast_in_dim|consumed by add',
+    },
+    [dot('w', (6, 6), (0,), (1,), 6)],
+  )
+
+
+@odd
+def tied_by_transposition():
+  return _odd(
+    lambda p, x: jnp.tanh(x @ p['w']) @ p['w'].T,
+    shapes(w=(8, 6)),
+    (normal(5, 8),),
+    {'w': 'used in different roles'},
+  )
+
+
+@odd
+def grouped_convs():
+  def fn(p, x):
+    for name, groups in (('grouped', 2), ('depthwise', 4)):
+      x = lax.conv_general_dilated(
+        jnp.tanh(x),
+        p[name],
+        (1,),
+        'SAME',
+        dimension_numbers=('NWC', 'WIO', 'NWC'),
+        feature_group_count=groups,
+      )
+    return x
+
+  return _odd(
+    fn,
+    shapes(grouped=(3, 3, 4), depthwise=(3, 1, 8)),
+    (normal(2, 5, 6),),
+    {'grouped': 'of 2 groups', 'depthwise': 'of 4 groups'},
+  )
+
+
+@odd
+def vmapped_convs():
+  """One kernel for each image: a convolution of as many groups."""
+
+  def fn(p, x):
+    one = lambda w, x: lax.conv(x[None], w, (1,), 'SAME')
+    return jax.vmap(one)(p['w'], x)
+
+  layers = (oialr.Layer('w', (3, 5, 4, 3), (2, 3), (1,), (0,), 'conv'),)
+  return _odd(
+    fn,
+    shapes(w=(3, 5, 4, 3)),
+    (normal(3, 4, 6),),
+    {'w': 'of 3 groups'},
+    low_rank=layers,
+  )
+
+
+@odd
+def stack_as_channels():
+  """A stack of low-rank kernels that one convolution sees as one kernel."""
+
+  def fn(p, x):
+    return lax.conv_general_dilated(
+      x,
+      p['w'].transpose(1, 2, 0, 3).reshape(3, 4, 10),
+      (1,),
+      'SAME',
+      dimension_numbers=('NWC', 'WIO', 'NWC'),
+    )
+
+  return _odd(
+    fn,
+    shapes(w=(2, 3, 4, 5)),
+    (normal(2, 6, 4),),
+    {},
+    [conv('w', (2, 3, 4, 5), (1, 2), (0, 3), 12)],
+    low_rank=(oialr.Layer('w', (2, 3, 4, 5), (1, 2), (3,), (0,), 'conv'),),
+  )
+
+
+@odd
+def standardised():
+  """Weight standardisation, spectral scaling, masks, low-rank additions."""
+
+  def fn(p, x):
+    x = jnp.tanh(x @ jax.nn.standardize(p['standardised'], axis=0))
+    x = jnp.tanh(x @ (p['scaled'] / jnp.linalg.norm(p['scaled'])))
+    return x @ (p['adapted'] + 0.1 * p['down'] @ p['up'])
+
+  reasons = {
+    'standardised': 'consumed by ',
+    'scaled': 'consumed by ',
+    'adapted': 'consumed by add',
+    'down': 'consumed by mul',
+  }
+  return _odd(
+    fn,
+    shapes(
+      standardised=(8, 8), scaled=(8, 8), adapted=(8, 6), down=(8, 2), up=(2, 6)
+    ),
+    (normal(5, 8),),
+    reasons,
+    [dot('up', (2, 6), (0,), (1,), 8)],
+    tuple(
+      dot(path, (8, 8), (0,), (1,), 0) for path in ('standardised', 'scaled')
+    ),
+  )
+
+
+@odd
+def learned_latents():
+  """Parameters multiplied with each other, or convolved."""
+
+  def fn(p, x):
+    scores = x @ jnp.tanh(p['latents'] @ p['w']).T
+    image = lax.conv(p['image'][None], x[None, :, :3].T[..., :2], (1,), 'SAME')
+    return scores, image
+
+  return _odd(
+    fn,
+    shapes(latents=(6, 8), w=(8, 4), image=(5, 4)),
+    (normal(5, 4),),
+    {
+      'latents': 'multiplied with another parameter',
+      'w': 'multiplied with another parameter',
+      'image': 'consumed by broadcast_in_dim|convolved as an image',
+    },
+  )
+
+
+@odd
+def carried():
+  """Kernels that a scan changes, takes apart or hands back."""
+
+  def fn(p, x):
+    body = lambda c, _: ((jnp.tanh(c[0] @ c[1]), c[1] * 0.5), None)
+    (x, _), _ = lax.scan(body, (x, p['carried']), None, length=2)
+    return lax.scan(lambda x, p: (x + p['row'], p['back'].T), x, p['xs'])
+
+  low_rank = (
+    dot('carried', (8, 8), (0,), (1,), 0),
+    dot('xs/row', (3, 8), (0,), (1,), 0),
+    dot('xs/back', (3, 4, 6), (1,), (2,), 0, batch=(0,)),
+  )
+  return _odd(
+    fn,
+    shapes(carried=(8, 8)) | {'xs': shapes(row=(3, 8), back=(3, 4, 6))},
+    (normal(5, 8),),
+    {
+      'carried': 'carried through a scan',
+      'xs/row': 'consumed by',
+      'xs/back': 'returned by the body of a scan',
+    },
+    low_rank=low_rank,
+  )
+
+
+@odd
+def looped():
+  def fn(p, x):
+    return lax.while_loop(
+      lambda c: c[0] < 2, lambda c: (c[0] + 1, c[1] @ p['w']), (0, x)
+    )
+
+  return _odd(
+    fn,
+    shapes(w=(8, 8)),
+    (normal(5, 8),),
+    {'w': 'consumed by while'},
+    has_gradient=False,
+  )
+
+
+@odd
+def not_matrices():
+  """Unused, returned, sliced, of mixed roles, of rank one, of other types."""
+
+  def fn(p, x):
+    mixed = jnp.einsum('ta,abc->tbc', x, p['mixed'].reshape(8, 2, 6))
+    mixed = jnp.einsum('tbc,bd->tdc', mixed, jnp.ones((2, 2)))
+    halves = jnp.einsum('tab,ac->tbc', x.reshape(5, 2, 4), p['halves'][:2])
+    parts = jnp.einsum('ta,ab->tb', x[:, :4], p['parts'].reshape(4, 16))
+    return (
+      mixed,
+      halves,
+      parts,
+      x @ p['column'],
+      x @ p['integers'].astype(x.dtype),
+      x @ p['rounded'].astype(jnp.int8).astype(x.dtype),
+      x @ p['coarse'].astype(jnp.int4).astype(x.dtype),
+      jnp.abs(x @ p['complex']),
+      p['returned'],
+      lax.cond(x[0, 0] > 9, lambda w: w, jnp.transpose, p['chosen']),
+    )
+
+  params = shapes(
+    mixed=(8, 12),
+    halves=(4, 6),
+    parts=(8, 8),
+    column=(8, 1),
+    rounded=(8, 8),
+    coarse=(8, 8),
+    returned=(8, 8),
+    chosen=(8, 8),
+    unused=(8, 8),
+  )
+  low_rank = tuple(
+    dot(path, x.shape, (0,), (1,), 0)
+    for path, x in params.items()
+    if path not in ('column', 'unused')
+  )
+  params |= shapes(jnp.int32, integers=(8, 4))
+  params |= shapes(jnp.complex64, complex=(8, 4))
+  return _odd(
+    fn,
+    params,
+    (normal(5, 8),),
+    {
+      'halves': 'consumed by',
+      'parts': 'axis 0 has parts in different roles',
+      'column': '8 x 1 has no rank',
+      'integers': 'int32 is not real',
+      'rounded': 'consumed by convert_element_type',
+      'coarse': 'consumed by convert_element_type',
+      'complex': 'complex64 is not real',
+      'returned': 'returned as it is',
+      'chosen': 'returned by a branch',
+      'unused': 'not used by the function',
+    },
+    [dot('mixed', (8, 12), (0,), (1,), 5)],
+    low_rank,
+  )

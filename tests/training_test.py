@@ -1,0 +1,263 @@
+"""Tests of the trainer on a small network and random, learnable data."""
+
+import json
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import oialr_jax as oialr
+from oialr_jax import checkpoint
+from oialr_jax import training
+
+STEPS = 30
+
+
+class Net(nn.Module):
+  """Two hidden layers, one of them normalised over the batch, and a head."""
+
+  norm: bool = False
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    x = nn.relu(nn.Dense(16, name='first')(x))
+    if self.norm:
+      x = nn.BatchNorm(not train, momentum=0.5, name='norm')(x)
+    x = nn.relu(nn.Dense(16, name='second')(x))
+    return nn.Dense(3, name='head')(x)
+
+
+def problem(net):
+  """Parameters, model state, loss, evaluation and batches."""
+  rng = np.random.default_rng(0)
+  inputs = rng.normal(size=(70, 12)).astype(np.float32)
+  labels = np.argmax(inputs[:, :3], axis=1)
+  variables = net.init(jax.random.key(0), inputs[:1])
+
+  def loss(params, model_state, batch, key):
+    del key
+    logits, model_state = net.apply(
+      {'params': params, **model_state},
+      batch['x'],
+      train=True,
+      mutable=list(model_state),
+    )
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch['y'])
+    return losses.mean(), (dict(model_state), {})
+
+  def evaluate(params, model_state, batch):
+    logits = net.apply({'params': params, **model_state}, batch['x'])
+    return {'accuracy': (jnp.argmax(logits, -1) == batch['y']).astype(float)}
+
+  def batches():
+    order = np.random.default_rng(1)
+    while True:
+      index = order.permutation(70)[:32]
+      yield {'x': inputs[index], 'y': labels[index]}
+
+  def eval_batches():
+    for i in range(0, 70, 32):
+      index = np.arange(i, i + 32)
+      taken = np.minimum(index, 69)
+      yield {'x': inputs[taken], 'y': labels[taken], 'mask': index < 70}
+
+  state = {k: v for k, v in variables.items() if k != 'params'}
+  return variables['params'], state, loss, evaluate, batches, eval_batches
+
+
+def fit(net=Net(), schedule=True, **options):  # noqa: B008 (frozen)
+  params, state, loss, evaluate, batches, eval_batches = problem(net)
+  if schedule is True:
+    schedule = oialr.Schedule(
+      steps=STEPS, delay=9, every=7, cutoff=0.4, progressive=1.0
+    )
+  options = {
+    'optimizer': optax.adam(1e-2),
+    'steps': STEPS,
+    'schedule': schedule,
+    'model_state': state,
+    'eval_fn': evaluate,
+    'eval_data': eval_batches,
+    'log_every': 10,
+    'compaction': training.Compaction(min_saving=0, multiple_of=1),
+  } | options
+  data = options.pop('data', None) or batches()
+  return training.fit(loss, params, data, **options)
+
+
+def losses(result):
+  return np.concatenate([r['losses'] for r in result.select('train')])
+
+
+def test_dense_training_learns_and_records_every_step():
+  result = fit(schedule=None)
+  assert losses(result).shape == (STEPS,)
+  assert losses(result)[-5:].mean() < 0.7 * losses(result)[:5].mean()
+  assert result.compilations == 1
+  assert int(result.state.step) == STEPS
+  assert not result.select('event')
+
+
+def test_oialr_converts_prunes_and_keeps_learning():
+  result = fit()
+  kinds = [e['event'] for e in result.select('event')]
+  assert kinds == ['transition', 'update', 'update']
+  assert result.select('event')[0]['step'] == 9
+  assert set(oialr.ranks(result.params)) == {'first/kernel', 'second/kernel'}
+  assert max(oialr.ranks(result.params).values()) < 12
+  assert losses(result)[-5:].mean() < 0.7 * losses(result)[:5].mean()
+  (end,) = result.select('end')
+  assert end['trainable'] == oialr.count(result.params).trainable
+  assert end['dense'] == 12 * 16 + 16 + 16 * 16 + 16 + 16 * 3 + 3
+
+
+def test_the_step_is_compiled_only_when_shapes_change():
+  result = fit()
+  during = [c for c in result.select('compaction') if c['step'] < STEPS]
+  assert during
+  assert result.compilations == 2 + len(during)
+  never = fit(compaction=training.Compaction(min_saving=1))
+  assert never.compilations == 2
+
+
+def test_compaction_changes_nothing_but_shapes():
+  never = fit(compaction=training.Compaction(min_saving=1))
+  np.testing.assert_allclose(losses(never), losses(fit()), rtol=2e-4)
+
+
+def test_materialised_and_factored_training_agree():
+  np.testing.assert_allclose(
+    losses(fit(contraction='materialise')),
+    losses(fit(contraction='factors')),
+    rtol=2e-4,
+  )
+
+
+def test_the_same_seed_gives_the_same_run():
+  np.testing.assert_array_equal(losses(fit()), losses(fit()))
+
+
+def test_dense_and_oialr_are_the_same_run_until_the_transition():
+  dense, low = losses(fit(schedule=None)), losses(fit())
+  np.testing.assert_array_equal(dense[:9], low[:9])
+  assert np.any(dense[10:] != low[10:])
+
+
+def test_the_callers_parameters_survive():
+  params, state, loss, *_, batches, _ = problem(Net())
+  before = jax.tree.map(np.array, params)
+  training.fit(loss, params, batches(), optimizer=optax.sgd(0.1), steps=2)
+  jax.tree.map(np.testing.assert_array_equal, before, params)
+
+
+def test_batch_statistics_are_carried():
+  result = fit(Net(norm=True))
+  mean = result.state.model_state['batch_stats']['norm']['mean']
+  assert np.abs(mean).max() > 0
+
+
+def test_evaluation_counts_every_example_once():
+  result = fit(schedule=None, eval_every=10)
+  evaluations = result.select('eval')
+  assert [r['step'] for r in evaluations] == [10, 20, 30]
+  assert all(r['examples'] == 70 for r in evaluations)
+  _, state, _, evaluate, _, eval_batches = problem(Net())
+  whole = np.concatenate(
+    [
+      np.asarray(evaluate(result.params, state, b)['accuracy'])[b['mask']]
+      for b in eval_batches()
+    ]
+  )
+  np.testing.assert_allclose(evaluations[-1]['accuracy'], whole.mean())
+
+
+def test_tracking_measures_every_chosen_layer():
+  result = fit(track_every=10)
+  measured = result.select('stability')
+  assert [r['step'] for r in measured] == [10, 20, 30]
+  for record in measured:
+    assert list(record['stability']) == ['first/kernel', 'second/kernel']
+    assert all(-1 <= v <= 1.0001 for v in record['stability'].values())
+    assert all(v >= 0 for v in record['r_distance'].values())
+
+
+def test_workdir_holds_metrics_events_and_a_checkpoint(tmp_path):
+  result = fit(workdir=tmp_path)
+  lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
+  assert [json.loads(line) for line in lines] == [
+    json.loads(json.dumps(r)) for r in result.records
+  ]
+  assert list((tmp_path / 'tensorboard').iterdir())
+  like = jax.tree.map(jnp.zeros_like, result.state)
+  restored = checkpoint.restore(tmp_path / 'checkpoint', like)
+  jax.tree.map(np.testing.assert_array_equal, restored, result.state)
+  with pytest.raises(FileNotFoundError, match='no checkpoint'):
+    checkpoint.restore(tmp_path / 'nothing', like)
+
+
+def test_stop_at_leaves_the_rest_of_the_run_as_it_was():
+  result = fit(stop_at=12)
+  assert int(result.state.step) == 12
+  np.testing.assert_array_equal(losses(result), losses(fit())[:12])
+
+
+def test_a_callback_hears_of_everything_and_is_closed_on_failure():
+  class Spy(training.Callback):
+    def __init__(self):
+      self.kinds, self.steps, self.closed = [], 0, False
+
+    def on_record(self, record):
+      self.kinds.append(record['kind'])
+
+    def on_step(self, step):
+      self.steps = step
+
+    def close(self):
+      self.closed = True
+
+  spy = Spy()
+  fit(callbacks=[spy])
+  assert {'train', 'event', 'compaction', 'eval', 'end'} <= set(spy.kinds)
+  assert spy.steps == STEPS and spy.closed
+  spy = Spy()
+  with pytest.raises(ValueError, match='data ended'):
+    fit(callbacks=[spy], data=[next(problem(Net())[4]())])
+  assert spy.closed
+
+
+def test_progress_prints_a_line_for_every_event(capsys):
+  fit(callbacks=[training.Progress('run')])
+  shown = capsys.readouterr().err
+  assert 'transition  first/kernel dense->12' in shown
+  assert 'evaluation  accuracy' in shown
+
+
+@pytest.mark.parametrize(
+  'options, message',
+  [
+    ({'steps': 0}, 'steps=0: must be at least 1'),
+    ({'stop_at': STEPS + 1}, r'stop_at=31: must be in \[1, 30\]'),
+    ({'steps': STEPS + 1}, 'schedule.steps=30 is not steps=31'),
+    ({'eval_fn': None}, 'eval_fn and eval_data go together'),
+    ({'data': [None]}, 'data is empty'),
+    ({'layers': []}, 'layers is empty'),
+  ],
+)
+def test_wrong_calls_say_what_is_wrong(options, message):
+  with pytest.raises(ValueError, match=message):
+    fit(**options)
+
+
+def test_wrong_compactions():
+  with pytest.raises(ValueError, match='min_saving=2'):
+    training.Compaction(min_saving=2)
+  with pytest.raises(ValueError, match='multiple_of=0'):
+    training.Compaction(multiple_of=0)
+
+
+def test_a_diverging_loss_stops_the_run_with_its_step():
+  with pytest.raises(ValueError, match='loss is (nan|inf) at step'):
+    fit(schedule=None, optimizer=optax.sgd(1e30))
