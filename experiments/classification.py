@@ -7,6 +7,8 @@ import pathlib
 import statistics
 from typing import Any
 
+from absl import flags
+from absl import logging
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
@@ -75,6 +77,12 @@ def optimizer(config: Any) -> optax.GradientTransformation:
     optax.clip_by_global_norm(config.clip),
     optax.adamw(rate, weight_decay=config.weight_decay),
   )
+
+
+def quiet_libraries():
+  """Warnings only, unless --verbosity says otherwise: Orbax logs every file."""
+  if not flags.FLAGS['verbosity'].present:
+    logging.set_verbosity(logging.WARNING)
 
 
 def run(

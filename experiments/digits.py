@@ -11,7 +11,6 @@ import pathlib
 
 from absl import app
 from absl import flags
-from absl import logging
 from ml_collections import config_flags
 
 from experiments import classification
@@ -30,6 +29,7 @@ _QUIET = flags.DEFINE_bool('quiet', False, 'Print the result only.')
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments: {" ".join(argv[1:])}')
+  classification.quiet_libraries()
   config, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value)
   train, test = data.digits(seed=config.seed)
   task = classification.Task(
@@ -61,6 +61,4 @@ def main(argv):
 
 
 if __name__ == '__main__':
-  # Orbax tells of every file; --verbosity=0 shows it.
-  flags.FLAGS.set_default('verbosity', logging.WARNING)
   app.run(main)

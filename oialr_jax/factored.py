@@ -207,7 +207,8 @@ class _Evaluator:
       return None
     node = kernel.node
     if eqn.primitive.name == views.VARY:
-      node = jax.tree.map(lambda x: jaxprs.bind(eqn, [x])[0], node)
+      vary = lambda x: lax.pcast(x, eqn.params['axes'], to='varying')
+      node = jax.tree.map(vary, node)
     return _Kernel(node, view, eqn.outvars[0].aval.dtype)
 
   # Equations that hold a program.
@@ -425,7 +426,7 @@ def _precontract(u: Array, s: Array, vt: Array, forward: bool, precision):
 
 
 def _labelled(kernel: _Kernel, chain, names, letters):
-  """The factors, split into the atoms of their axes, with letters for einsum."""
+  """The factors, split into the atoms of their axes, with einsum's letters."""
   r = kernel.node.rank
   left = right = next(letters)
   if len(chain) == 3:

@@ -21,7 +21,7 @@ Rule = Callable[[jex.JaxprEqn, list[Any]], Sequence[Any]]
 def run(
   jaxpr: jex.Jaxpr, consts: Sequence[Any], args: Sequence[Any], rule: Rule
 ) -> list[Any]:
-  """Evaluates a jaxpr, with `rule(eqn, operands)` giving every equation's results.
+  """Evaluates a jaxpr, `rule(eqn, operands)` giving each equation's results.
 
   Values are dropped after their last use, as a program would.
   """

@@ -91,6 +91,10 @@ def transport(
   any change: dense to low-rank, basis update, prune, compaction, and back to
   dense. Traceable.
 
+  A transformation that treats a parameter by its shape may treat Sigma otherwise
+  than it treated the kernel: label parameters for `optax.contrib.muon` by path,
+  not by `ndim`, and pass `factored=False` to `optax.adafactor`.
+
   Args:
     opt_state: state of `train_sigma(tx)` or of tx alone, for old_params.
     old_params: parameters before the change.
@@ -323,8 +327,8 @@ class _Transport:
         f'{name}: a {type(x).__name__} holds {leaf_path!r} of shape '
         f'{tuple(shape)}, which may belong to {kernel!r}; transport does not '
         'know how it changes with the basis. Say so once with '
-        f'oialr.register_rule({type(x).__name__}, field="linear"), or '
-        '"quadratic", "magnitude", "counter", "state", "keep".'
+        f'oialr.register_rule({type(x).__name__}, field=...), each field one '
+        f'of {", ".join(KINDS)}.'
       )
 
 

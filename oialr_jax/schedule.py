@@ -355,7 +355,7 @@ def _do(plan: _Plan, params: PyTree, opt_state: PyTree):
     new = transforms.update_basis(new, paths=plan.updated)
     spectra |= _spectra(new, plan.updated)
   nodes = transforms.low_rank_leaves(new)
-  aligned = {p: _is_aligned(nodes[p]) for p in spectra}
+  aligned = {p: jnp.all(transforms.is_aligned(nodes[p].s)) for p in spectra}
   if plan.pruned:
     new = transforms.prune_aligned(
       new,
@@ -394,14 +394,6 @@ def _fit(plan: _Plan) -> dict[str, int]:
     min(plan.rank, x.max_rank) if isinstance(plan.rank, int) else plan.rank
   )
   return {x.path: transforms.layer_rank(x, fits(x)) for x in plan.converting}
-
-
-def _is_aligned(node: lowrank.LowRank) -> Array:
-  """Whether Sigma is diagonal and descending, as an SVD leaves it."""
-  _, s, _ = lowrank.matrices(node)
-  values = jnp.diagonal(s, axis1=-2, axis2=-1)
-  diagonal = jnp.all(s == jax.vmap(jnp.diag)(values))
-  return diagonal & jnp.all(values[:, 1:] <= values[:, :-1])
 
 
 def _check_aligned(aligned: Mapping[str, Array]):

@@ -19,7 +19,7 @@ def flatten(
   """Returns the leaves by path, in the order of the tree.
 
   Raises:
-    ValueError: two leaves share one path, as with keys 'a/b' and 'a' of {'b': ..}.
+    ValueError: two leaves share one path, as in {'a': {'b': 1}, 'a/b': 2}.
   """
   leaves = {}
   for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf):

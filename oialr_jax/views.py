@@ -74,7 +74,7 @@ class View:
 
 
 def follow(view: View, eqn: jex.JaxprEqn) -> View | None:
-  """The view after this equation, or None when it is not only a change of axes."""
+  """The view after this equation; None if that changes more than the axes."""
   name, params = eqn.primitive.name, eqn.params
   if name == 'convert_element_type':
     floats = jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating)

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import inspect
 import logging
@@ -768,6 +769,60 @@ def test_precision_is_that_of_the_program(contraction, source):
   ]
   assert len(products) == (6 if source == 'program' else 8)
   assert set(products) == {highest}
+
+
+def test_the_last_product_has_the_programs_element_type():
+  """And those before it keep the type of the activations."""
+  p, params = _values('mixed_precision')
+  forward = oialr.factored(p.fn, contraction='factors')
+  jaxpr = jax.make_jaxpr(forward)(params, *p.args)
+  types = [e.outvars[0].aval.dtype for e in _equations(jaxpr, 'dot_general')]
+  assert types == [
+    *(jnp.bfloat16, jnp.bfloat16, jnp.bfloat16),
+    *(jnp.bfloat16, jnp.bfloat16, jnp.float32),
+    *(jnp.bfloat16, jnp.bfloat16, jnp.bfloat16),
+  ]
+
+
+@pytest.mark.parametrize('contraction', CONTRACTIONS)
+def test_bases_may_be_narrower_than_sigma(contraction):
+  """They are widened before anything is multiplied."""
+  fn, params, x = _pair()
+  w = params['w']
+  bfloat16 = lambda a: a.astype(jnp.bfloat16)
+  params['w'] = dataclasses.replace(w, u=bfloat16(w.u), vt=bfloat16(w.vt))
+  actual = oialr.factored(fn, contraction=contraction)(params, x)
+  _assert_close(actual, fn(oialr.to_dense(params), x))
+
+
+def test_checkpoints_stay_what_they_are():
+  p, params = _values('rematerialised')
+  forward = oialr.factored(p.fn, contraction='factors')
+  options = lambda *args: [
+    (eqn.params['policy'], eqn.params['prevent_cse'])
+    for eqn in _equations(jax.make_jaxpr(*args[:1])(*args[1:]))
+    if 'policy' in eqn.params
+  ]
+  desired = options(p.fn, p.params, *p.args)
+  assert options(forward, params, *p.args) == desired
+  assert len({*desired}) == 3
+
+
+def test_axes_of_size_one_may_have_either_role():
+  """Whatever a layer calls them, there is no need for the kernel."""
+  p = programs.PROGRAMS['one_head']()
+  layers = (
+    programs.dot('query', (8, 1, 6), (0, 1), (2,), 5),
+    programs.dot('out', (1, 6, 8), (1,), (0, 2), 5),
+    programs.conv('pointwise', (1, 1, 8, 7), (2,), (0, 1, 3), 5),
+  )
+  params = programs.with_low_rank(
+    programs.values(p.params), layers, lambda layer: 2
+  )
+  with _log() as records:
+    actual = oialr.factored(p.fn, contraction='factors')(params, *p.args)
+  assert not records
+  _assert_close(actual, p.fn(oialr.to_dense(params), *p.args))
 
 
 def test_a_fallback_is_logged(caplog):

@@ -32,6 +32,7 @@ LAYERS = (
   layer('column', (6, 1), (0,), (1,)),
   layer('out_in', (12, 5), (1,), (0,)),  # as Equinox has it
   layer('conv', (3, 2, 2, 5), (0, 1, 2), (3,)),  # HWIO
+  layer('conv_oihw', (5, 3, 2, 2), (1, 2, 3), (0,)),  # Equinox again
   layer('pointwise', (1, 1, 12, 5), (0, 1, 2), (3,)),
   layer('query', (5, 3, 4), (0,), (1, 2)),  # embed | heads, head_dim
   layer('attention_out', (3, 4, 5), (0, 1), (2,)),  # heads, head_dim | embed

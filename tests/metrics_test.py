@@ -183,6 +183,22 @@ def test_stability_is_one_of_the_same_and_minus_one_of_the_opposite(states):
       np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
+def test_stability_of_pruned_bases_is_that_of_the_directions_left():
+  rng = np.random.default_rng(0)
+  u, other = (kernels.orthonormal(rng, 2, 7, 4) for _ in range(2))
+  v = kernels.orthonormal(rng, 2, 5, 4)
+  basis = lambda u, rank: {'w': u[..., :rank] @ v[..., :rank].swapaxes(-1, -2)}
+  for old, new in ((2, 4), (4, 2), (3, 3)):
+    found = oialr.stability(basis(u, old), basis(u, new))
+    np.testing.assert_allclose(found['w'], 1, atol=1e-6)
+  # In a stack, each matrix counts by its own ranks.
+  old, new = basis(u, 4)['w'], basis(other, 3)['w']
+  new[0] = basis(other, 1)['w'][0]
+  trace = np.trace(old.swapaxes(-1, -2) @ new, axis1=-2, axis2=-1)
+  found = oialr.stability({'w': old}, {'w': new})
+  np.testing.assert_allclose(found['w'], np.mean(trace / [1, 3]), atol=1e-6)
+
+
 def test_stability_compares_what_both_have():
   x, y = jnp.ones((1, 2, 2)), jnp.eye(2)[None]
   assert set(oialr.stability({'a': x, 'b': y}, {'b': y, 'c': x})) == {'b'}

@@ -10,9 +10,10 @@ import functools
 import math
 from typing import Any
 
-import flax.linen as nn
 from flax import nnx
+import flax.linen as nn
 import jax
+from jax import ad_checkpoint
 from jax import lax
 import jax.numpy as jnp
 import numpy as np
@@ -266,10 +267,11 @@ def experts():
 
 @program
 def one_head():
-  """Axes of size 1 are rows or columns like any other."""
+  """Axes of size 1 are rows or columns like any other, and may go missing."""
 
   def fn(p, x):
     q = jnp.tanh(jnp.einsum('te,ehd->thd', x, p['query']))
+    q += (x @ lax.squeeze(p['query'], [1]))[:, None]
     x = jnp.einsum('thd,hde->te', q, p['out'])
     return lax.conv_general_dilated(
       x.reshape(1, 1, 5, 8),
@@ -284,7 +286,7 @@ def one_head():
     shapes(query=(8, 1, 6), out=(1, 6, 8), pointwise=(1, 1, 8, 7)),
     (normal(5, 8),),
     (
-      dot('query', (8, 1, 6), (0,), (1, 2), 5, 0),
+      dot('query', (8, 1, 6), (0,), (1, 2), 5 + 5, 0),
       dot('out', (1, 6, 8), (0, 1), (2,), 5, 1),
       conv('pointwise', (1, 1, 8, 7), (0, 1, 2), (3,), 5, 2),
     ),
@@ -348,11 +350,12 @@ def recurrent_stack():
 
 @program
 def two_stacks():
-  """A scan in a scan, each over its own axis of the kernel."""
+  """A scan in a scan, each over its own axis of the kernel, one in reverse."""
 
   def fn(p, x):
-    inner = lambda x, w: (jnp.tanh(x @ w), None)
-    return lax.scan(lambda x, w: lax.scan(inner, x, w), x, p['w'])[0]
+    inner = lambda x, w: (jnp.tanh(x @ w), x.sum())
+    outer = lambda x, w: lax.scan(inner, x, w, reverse=True)
+    return lax.scan(outer, x, p['w'], unroll=2)
 
   return Program(
     fn,
@@ -366,15 +369,17 @@ def two_stacks():
 def rematerialised():
   """`jax.checkpoint` with policies, around a scan and inside of it."""
   policies = jax.checkpoint_policies
+  named = policies.save_only_these_names('sum')
 
   @functools.partial(jax.checkpoint, policy=policies.dots_saveable)
   def layer(x, w):
     return jnp.tanh(x @ w), None
 
-  @functools.partial(jax.checkpoint, policy=policies.nothing_saveable)
+  @functools.partial(jax.checkpoint, policy=named)
   def fn(p, x):
     x, _ = lax.scan(layer, x, p['stack'])
-    return jax.checkpoint(jnp.dot)(x, p['out'])
+    x = ad_checkpoint.checkpoint_name(x + x.sum(), 'sum')
+    return jax.checkpoint(jnp.dot, prevent_cse=False)(x, p['out'])
 
   return Program(
     fn,
@@ -479,6 +484,28 @@ def dilated_convs():
       conv('hwio', (3, 2, 4, 7), (0, 1, 2), (3,), 2 * 4 * 6, 0),
       conv('oihw', (5, 7, 2, 1), (1, 2, 3), (0,), 2 * 6 * 3, 1),
     ),
+  )
+
+
+@program
+def reordered_conv():
+  """A kernel whose rows and columns come in another order than its own."""
+
+  def fn(p, x):
+    w = p['w'].transpose(3, 1, 0, 2)  # columns 3 and 1, rows 0 and 2
+    return lax.conv_general_dilated(
+      x,
+      w.reshape(10, 4, 3),
+      (1,),
+      'SAME',
+      dimension_numbers=('NWC', 'OIW', 'NWC'),
+    )
+
+  return Program(
+    fn,
+    shapes(w=(4, 2, 3, 5)),
+    (normal(2, 7, 4),),
+    (conv('w', (4, 2, 3, 5), (0, 2), (1, 3), 14),),
   )
 
 

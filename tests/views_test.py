@@ -5,8 +5,8 @@ import math
 import hypothesis
 from hypothesis import strategies as st
 import jax
-import jax.numpy as jnp
 from jax import lax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
