@@ -436,6 +436,7 @@ class _Reader:
       self.other(kernel, f'axis {mixed[0]} has parts in different roles')
       return
     # Scans over the stack itself do not send more through each matrix.
-    repeats = self._repeats // math.prod(a.size for a in view.stacked)
+    stack = math.prod(a.size for a in view.stacked)
+    repeats = self._repeats // max(1, stack)
     roles = {a: r.pop() for a, r in roles.items()}
     self._record(kernel, _Use(kind, roles, tokens * repeats))

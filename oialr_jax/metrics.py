@@ -97,16 +97,7 @@ def stability(
   Raises:
     ValueError: the two have no path in common, or a shape differs.
   """
-  both = [path for path in old if path in new]
-  if not both:
-    raise ValueError('old and new have no path in common: nothing to compare.')
-  for path in both:
-    if old[path].shape != new[path].shape:
-      raise ValueError(
-        f'{path!r}: bases of shapes {old[path].shape} and '
-        f'{new[path].shape} cannot be compared.'
-      )
-  return {path: _turned(old[path], new[path]) for path in both}
+  return {path: _turned(old[path], new[path]) for path in _common(old, new)}
 
 
 def mixing(
@@ -128,11 +119,14 @@ def mixing(
 def r_distance(
   old: Mapping[str, Array], new: Mapping[str, Array]
 ) -> dict[str, Array]:
-  """||R_old - R_new||_F by path, of `mixing`: how much the mixing has moved."""
+  """||R_old - R_new||_F by path, of `mixing`: how much the mixing has moved.
+
+  Raises:
+    ValueError: as `stability`.
+  """
   return {
     path: jnp.linalg.norm((old[path] - new[path]).ravel())
-    for path in old
-    if path in new
+    for path in _common(old, new)
   }
 
 
@@ -175,6 +169,20 @@ def drift(params: PyTree) -> dict[str, Array]:
 
   nodes = transforms.low_rank_leaves(params)
   return {path: of(node) for path, node in nodes.items()}
+
+
+def _common(old: Mapping[str, Array], new: Mapping[str, Array]) -> list[str]:
+  """The paths of both, after a check that they can be compared."""
+  both = [path for path in old if path in new]
+  if not both:
+    raise ValueError('old and new have no path in common: nothing to compare.')
+  for path in both:
+    if old[path].shape != new[path].shape:
+      raise ValueError(
+        f'{path!r}: matrices of shapes {old[path].shape} and '
+        f'{new[path].shape} cannot be compared.'
+      )
+  return both
 
 
 def _leaves(params, layers):

@@ -58,7 +58,11 @@ def to_lowrank(
   leaves = tree.flatten(params, lowrank.is_factored)
   if not layers:
     raise ValueError('layers is empty: pass the layers of find_layers(...).')
-  tree.check_known([layer.path for layer in layers], leaves, 'parameter')
+  paths = [layer.path for layer in layers]
+  tree.check_known(paths, leaves, 'parameter')
+  for path in paths:
+    if paths.count(path) > 1:
+      raise ValueError(f'{path!r}: is in layers twice; leave one out.')
   ranks = _ranks_of(layers, rank)
   kernels = {}
   for layer in layers:
@@ -237,9 +241,9 @@ def compact_ranks(params: PyTree, *, multiple_of: int = 1) -> dict[str, int]:
   nodes = low_rank_leaves(params)
   if not tree.is_concrete(nodes):
     raise TypeError(
-      'compact decides shapes by values: call it outside jax.jit, on arrays.'
+      'compact and ranks read values: call them outside jax.jit, on arrays.'
     )
-  ranks = jax.device_get({p: live_rank(x) for p, x in nodes.items()})
+  ranks = jax.device_get(_live_ranks(nodes))
   return {
     path: min(node.rank, -(-int(ranks[path]) // multiple_of) * multiple_of)
     for path, node in nodes.items()
@@ -313,6 +317,10 @@ def low_rank_leaves(params: PyTree) -> dict[str, LowRank]:
 
 
 @jax.jit
+def _live_ranks(nodes: dict[str, LowRank]) -> dict[str, Array]:
+  return {path: live_rank(node) for path, node in nodes.items()}
+
+
 def live_rank(node: LowRank) -> Array:
   """The logical rank of a leaf: the largest in its stack, an int scalar."""
   u, _, _ = lowrank.matrices(node)

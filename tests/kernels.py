@@ -79,9 +79,7 @@ def orthonormal(rng: np.random.Generator, *shape: int) -> np.ndarray:
   return np.linalg.qr(rng.normal(size=shape))[0]
 
 
-def with_sigma(
-  params: Any, f: Callable[[np.ndarray], np.ndarray]
-) -> dict[str, Any]:
+def with_sigma(params: Any, f: Callable[[np.ndarray], np.ndarray]) -> Any:
   """Replaces every Sigma by f(Sigma): what training might have made of it."""
 
   def of(x):

@@ -242,6 +242,14 @@ def test_explain_of_layers():
   assert len(str(oialr.explain(_LAYERS)).splitlines()) == 5
 
 
+def test_explain_of_a_stack_without_layers():
+  fn = lambda p, x: lax.scan(lambda x, w: (x @ w, None), x, p['w'])[0]
+  (layer,) = oialr.explain(
+    fn, programs.shapes(w=(0, 8, 8)), programs.normal(5, 8)
+  ).layers
+  assert (layer.stack, layer.tokens) == (0, 0)
+
+
 def test_explain_finds_nothing_without_an_error():
   found = oialr.explain(lambda p, x: x + p['w'], {'w': np.ones((3, 4))}, 1.0)
   assert found == oialr.Explanation((), {'w': 'consumed by add'})

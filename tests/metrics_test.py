@@ -70,9 +70,6 @@ def _rank(state, layer) -> int:
   return min({'pruned': 3, 'deficient': 2}.get(state, 99), layer.max_rank)
 
 
-# ranks and count
-
-
 def test_ranks_are_logical_and_the_largest_of_a_stack():
   rng = np.random.default_rng(0)
   layer = kernels.BY_PATH['stack']
@@ -105,9 +102,6 @@ def test_count_needs_no_values_and_counts_only_arrays(states):
     math.prod(x.shape) for x in kernels.LAYERS
   )
   assert oialr.count({'w': jnp.ones(3), 'name': 'a name'}) == (3, 3, 3)
-
-
-# basis and stability
 
 
 @pytest.mark.parametrize('state', _STATES)
@@ -220,9 +214,6 @@ def test_basis_compiles_once(monkeypatch):
   assert traced == [(1, 11, 3)]
 
 
-# mixing
-
-
 @pytest.mark.parametrize('state', ['dense', 'trained'])
 def test_mixing_is_the_triangle_of_the_tall_orientation(states, state):
   found = oialr.mixing(states[state], kernels.LAYERS)
@@ -239,9 +230,6 @@ def test_r_distance_is_the_frobenius_norm_of_the_change():
   found = oialr.r_distance({'a': a, 'b': a}, {'a': b, 'c': b})
   assert set(found) == {'a'}
   np.testing.assert_allclose(found['a'], np.linalg.norm((a - b).ravel()))
-
-
-# spectra and drift
 
 
 @pytest.mark.parametrize('state', _STATES)
@@ -324,8 +312,13 @@ def test_bases_in_bfloat16_have_drifted(states):
       lambda: oialr.stability(
         {'a/b': jnp.ones((1, 3, 2))}, {'a/b': jnp.ones((1, 2, 3))}
       ),
-      r"'a/b': bases of shapes \(1, 3, 2\) and \(1, 2, 3\) cannot be compared",
+      r"'a/b': matrices of shapes \(1, 3, 2\) and \(1, 2, 3\) cannot be compared",
       id='stability_of_other_shapes',
+    ),
+    pytest.param(
+      lambda: oialr.r_distance({'a': jnp.ones(1)}, {'b': jnp.ones(1)}),
+      r'old and new have no path in common: nothing to compare',
+      id='r_distance_of_disjoint_paths',
     ),
   ],
 )

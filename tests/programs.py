@@ -582,7 +582,7 @@ def linen_convs():
       x = nn.Conv(6, (3,), strides=2, padding='SAME')(x)
       x = nn.BatchNorm(use_running_average=False)(x)
       x = nn.Conv(5, (2, 2), padding='VALID', kernel_dilation=2)(
-        x.reshape(2, 2, 4, 6)[:, :, :, :].repeat(2, axis=1)
+        x.reshape(2, 2, 4, 6).repeat(2, axis=1)
       )
       x = nn.Conv(7, (1, 2, 1), padding=1)(x[:, None])
       return x
@@ -663,7 +663,7 @@ def linen_scan_last():
 
 
 @program
-def linen_lstm():
+def linen_rnn():
   """A kernel of a recurrent cell sees every step's tokens."""
   model = nn.RNN(nn.SimpleCell(6))
   x = normal(2, 5, 4)

@@ -823,7 +823,7 @@ BAD_CALLS = {
     lambda: _apply(
       _measured(), 4, _params(), bases={'first/kernel': jnp.zeros((1, 4, 6))}
     ),
-    r"'first/kernel': bases of shapes \(1, 4, 6\) and \(1, 6, 4\)",
+    r"'first/kernel': matrices of shapes \(1, 4, 6\) and \(1, 6, 4\)",
   ),
 }
 

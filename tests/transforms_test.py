@@ -88,9 +88,6 @@ def _assert_equal_trees(actual, desired):
   jax.tree.map(np.testing.assert_array_equal, actual, desired)
 
 
-# to_lowrank and to_dense
-
-
 def test_to_dense_is_the_inverse_of_to_lowrank(mode, dtype):
   params = kernels.random_params(dtype=dtype)
   low = _TO_LOWRANK[mode](params)
@@ -204,9 +201,6 @@ def test_to_lowrank_takes_numpy_arrays_of_float64():
   assert low['kernel'].dtype == jnp.asarray(params['kernel']).dtype
   error = kernels.error(oialr.to_dense(low)['kernel'], params['kernel'])
   assert error < kernels.TOLERANCE['float32']
-
-
-# update_basis
 
 
 @pytest.mark.parametrize('state', _STATES)
@@ -324,9 +318,6 @@ def test_bases_in_bfloat16_do_not_drift_over_many_updates():
   assert x.dtype == jnp.float32
   _assert_orthonormal(x, 1e-2, 'kernel')
   assert kernels.error(kernels.product(x, layer), start) < 2e-2
-
-
-# prune_sigma
 
 
 @pytest.mark.parametrize('state', ['fresh', 'trained', 'pruned_trained'])
@@ -484,9 +475,6 @@ def test_kept_rank(live, max_drop, floor, kept):
   assert found.tolist() == [kept]
 
 
-# compact
-
-
 @pytest.mark.parametrize('multiple_of', [1, 2, 8])
 def test_compact_keeps_the_function(states, dtype, multiple_of):
   before = states['pruned_trained']
@@ -523,9 +511,6 @@ def test_compact_changes_no_output():
       assert not np.any(spare)
 
 
-# to_factors
-
-
 def test_to_factors_takes_the_smaller_form(states, dtype):
   low = oialr.compact(states['pruned_trained'])
   small = oialr.to_factors(low)
@@ -553,9 +538,6 @@ def test_to_factors_keeps_the_dense_kernel_at_break_even():
   }
   assert isinstance(forms[2]['kernel'], oialr.Factors)
   assert isinstance(forms[3]['kernel'], jax.Array)
-
-
-# trainable and with_trainable
 
 
 def test_trainable_has_the_tree_of_the_dense_model(states):
@@ -662,9 +644,6 @@ def test_under_jit_a_kernel_that_is_not_finite_spoils_no_other():
     assert np.all(np.isfinite(product)) == (path != 'tall'), path
 
 
-# Calls that make no sense
-
-
 def _low(**changes):
   params, layer = _single()
   return oialr.to_lowrank(params, [layer]) | changes
@@ -757,6 +736,12 @@ _BAD_CALLS = [
     ValueError,
     r'layers is empty: pass the layers of find_layers',
     id='no_layers',
+  ),
+  pytest.param(
+    lambda: _convert(layers=[_single()[1]] * 2),
+    ValueError,
+    r"'kernel': is in layers twice; leave one out",
+    id='a_layer_twice',
   ),
   pytest.param(
     lambda: oialr.to_lowrank(_low(), [_single()[1]]),
@@ -896,7 +881,7 @@ _BAD_CALLS = [
   pytest.param(
     lambda: jax.jit(oialr.compact)(_low()),
     TypeError,
-    r'decides shapes by values: call it outside jax.jit',
+    r'read values: call them outside jax.jit',
     id='compact_under_jit',
   ),
   pytest.param(
