@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 import dataclasses
 import json
+import math
 import pathlib
 import statistics
 from typing import Any
@@ -211,7 +212,8 @@ def _cell(values: list[float | None]) -> str:
   if not values:
     return '-'
   mean = statistics.fmean(values)
-  digits = max(0, 3 - len(f'{abs(mean):.0f}'))
+  # Four significant digits, of the mean and of the deviation likewise.
+  digits = max(0, 3 - math.floor(math.log10(abs(mean)))) if mean else 0
   if len(values) == 1:
     return f'{mean:.{digits}f}'
   return f'{mean:.{digits}f} +- {statistics.stdev(values):.{digits}f}'
