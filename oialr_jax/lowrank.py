@@ -82,7 +82,18 @@ class MatrixView:
 
 
 class _NotAnArray:
-  """Says what is wrong when a node is used as the array that it stands for."""
+  """A node in the place of an array: its sizes, and what it is not good for.
+
+  Used as the array that it stands for, it says what is wrong.
+  """
+
+  @property
+  def ndim(self) -> int:
+    return len(self.shape)
+
+  @property
+  def size(self) -> int:
+    return math.prod(self.shape)
 
   def _refuse(self, *_, **__):
     raise TypeError(_UNWRAPPED.format(type(self).__name__, self.shape))
@@ -135,14 +146,6 @@ class LowRank(_NotAnArray):
     return _dense_shape(self.view, lead, batch, rows, self.vt.shape)
 
   @property
-  def ndim(self) -> int:
-    return len(self.shape)
-
-  @property
-  def size(self) -> int:
-    return math.prod(self.shape)
-
-  @property
   def dtype(self) -> Any:
     """Of the dense kernel, which is Sigma's: the bases may be narrower."""
     return self.s.dtype
@@ -174,14 +177,6 @@ class Factors(_NotAnArray):
     batch = self.a.shape[: lead + len(self.view.batch)]
     rows = self.a.shape[len(batch) : -1]
     return _dense_shape(self.view, lead, batch, rows, self.b.shape)
-
-  @property
-  def ndim(self) -> int:
-    return len(self.shape)
-
-  @property
-  def size(self) -> int:
-    return math.prod(self.shape)
 
   @property
   def dtype(self) -> Any:
