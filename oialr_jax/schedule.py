@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from oialr_jax import layers as layers_lib
 from oialr_jax import lowrank
@@ -284,7 +283,7 @@ def apply_event(
   if tree.is_concrete((params, opt_state)):
     transforms.check_finite({x.path: _values(leaves[x.path]) for x in layers})
     params, opt_state, aligned, found = _jitted()(plan, params, opt_state)
-    _check_aligned(aligned)
+    transforms.check_decomposed(aligned)
   else:
     params, opt_state, _, found = _do(plan, params, opt_state)
   gone = set(plan.converted)
@@ -394,14 +393,6 @@ def _fit(plan: _Plan) -> dict[str, int]:
     min(plan.rank, x.max_rank) if isinstance(plan.rank, int) else plan.rank
   )
   return {x.path: transforms.layer_rank(x, fits(x)) for x in plan.converting}
-
-
-def _check_aligned(aligned: Mapping[str, Array]):
-  for path, ok in jax.device_get(dict(aligned)).items():
-    if not ok:
-      raise np.linalg.LinAlgError(  # a ValueError
-        f'{path!r}: the SVD did not converge. The parameters are unchanged.'
-      )
 
 
 def _check_rank(rank: int | float):

@@ -72,7 +72,7 @@ def to_lowrank(
   found = linalg.by_shape(
     _decompose, {path: (w,) for path, w in kernels.items()}
   )
-  _check_decomposed({path: out[-1] for path, out in found.items()})
+  check_decomposed({path: out[-1] for path, out in found.items()})
   nodes = {}
   for layer in layers:
     u, s, vt, _ = found[layer.path]
@@ -119,7 +119,7 @@ def update_basis(
   for i, name in enumerate(('U', 'Sigma', 'V^T')):
     check_finite({path: p[i] for path, p in parts.items()}, name)
   aligned = linalg.by_shape(_align, parts)
-  _check_decomposed({path: out[-1] for path, out in aligned.items()})
+  check_decomposed({path: out[-1] for path, out in aligned.items()})
   return _replaced(
     params,
     {
@@ -167,7 +167,7 @@ def prune_sigma(
   check_finite({path: node.s for path, node in nodes.items()}, 'Sigma')
   parts = {path: lowrank.matrices(node) for path, node in nodes.items()}
   aligned = linalg.by_shape(_align_unless_aligned, parts)
-  _check_decomposed({path: out[-1] for path, out in aligned.items()})
+  check_decomposed({path: out[-1] for path, out in aligned.items()})
   params = _replaced(
     params,
     {
@@ -368,7 +368,11 @@ def _all_finite(arrays):
   return {path: jnp.all(jnp.isfinite(x)) for path, x in arrays.items()}
 
 
-def _check_decomposed(ok: Mapping[str, Array]):
+def check_decomposed(ok: Mapping[str, Array]):
+  """Raises LinAlgError, a ValueError, with the path of an SVD that failed.
+
+  Traced flags pass: nothing is known of them.
+  """
   if not tree.is_concrete(ok):
     return
   for path, flags in jax.device_get(dict(ok)).items():
