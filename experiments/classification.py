@@ -114,7 +114,7 @@ def run(
     eval_fn=task.evaluate,
     eval_data=data.eval_batches(task.test, config.eval_batch_size),
     seed=seed,
-    compaction=training.Compaction(min_saving=config.min_saving),
+    compaction=training.Compaction(**config.compaction.to_dict()),
     workdir=workdir / f'{label(name)}-{seed}',
     callbacks=() if quiet else (training.Progress(label(name)),),
     **options,

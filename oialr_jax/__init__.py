@@ -6,12 +6,13 @@ parameter is low-rank because of its type, and everything that happens to it is
 a pure function from pytree to pytree.
 """
 
+from oialr_jax.explanation import explain
+from oialr_jax.explanation import Explanation
 from oialr_jax.factored import factored
-from oialr_jax.layers import explain
-from oialr_jax.layers import Explanation
 from oialr_jax.layers import find_layers
 from oialr_jax.layers import Layer
 from oialr_jax.layers import select
+from oialr_jax.layers import split
 from oialr_jax.lowrank import Factors
 from oialr_jax.lowrank import is_low_rank
 from oialr_jax.lowrank import LowRank

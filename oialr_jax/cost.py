@@ -10,7 +10,7 @@ import math
 # The ways to multiply x by U Sigma V^T.
 FACTORS = 'factors'  # ((x U) Sigma) V^T
 PRECONTRACT = 'precontract'  # (x U) (Sigma V^T), Sigma V^T once a step
-MATERIALISE = 'materialise'  # x (U Sigma V^T), the kernel once a step
+MATERIALISE = 'materialise'  # x W, W = U Sigma V^T once a step
 WAYS = (FACTORS, PRECONTRACT, MATERIALISE)
 
 
@@ -30,7 +30,8 @@ def low_rank(way: str, tokens: int, m: int, n: int, r: int) -> int:
   if way == PRECONTRACT:
     return tokens * r * (2 * m + 3 * n) + 2 * r * r * n
   if way == MATERIALISE:
-    build = r * r * n + m * r * n
+    # Sigma joins the smaller side first.
+    build = r * r * min(m, n) + m * r * n
     return 3 * tokens * m * n + 2 * build
   raise ValueError(f'way={way!r}: must be one of {", ".join(WAYS)}.')
 

@@ -6,10 +6,10 @@ the rows of its matrix, the free ones the columns. Names, modules and libraries
 play no part, so that any JAX function will do.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 import math
-import re
+import numbers
 from typing import Any
 
 from jax.extend import core as jex
@@ -22,6 +22,7 @@ from oialr_jax import tree
 from oialr_jax import views
 
 Axes = tuple[int, ...]
+Rank = int | float | Mapping[str, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,14 @@ class Layer:
     tokens: rows of activations that one call of the function sends through
       each matrix.
     order: position among the layers of `find_layers`, in order of execution.
+    blocks: the columns fall into so many equal blocks, in the order of the
+      kernel's memory, each with a matrix of its own: the groups of a
+      convolution, or what `split` asked for.
+    multiplied_out: why `factored` multiplies the kernel out, at whatever rank;
+      empty where it does not.
+
+  Raises:
+    ValueError: the columns do not fall into so many blocks.
   """
 
   path: str
@@ -48,25 +57,71 @@ class Layer:
   kind: str = 'dot'
   tokens: int = 0
   order: int = 0
+  blocks: int = 1
+  multiplied_out: str = ''
+
+  def __post_init__(self):
+    cut = math.prod(self._cuts().values())
+    if self.blocks < 1 or cut != self.blocks:
+      raise ValueError(
+        f'{self.path!r}: columns of sizes '
+        f'{tuple(self.shape[a] for a in self.cols)} do not fall into '
+        f'{self.blocks} equal blocks.'
+      )
 
   @property
   def matrix(self) -> tuple[int, int]:
     """(m, n): rows and columns of each matrix."""
-    size = lambda axes: math.prod(self.shape[a] for a in axes)
-    return size(self.rows), size(self.cols)
+    return self._size(self.rows), self._size(self.cols) // self.blocks
 
   @property
   def stack(self) -> int:
     """The number of matrices."""
-    return math.prod(self.shape[a] for a in self.batch)
+    return self._size(self.batch) * self.blocks
 
   @property
   def max_rank(self) -> int:
+    """min(m, n)."""
     return min(self.matrix)
 
   @property
+  def flops(self) -> int:
+    """Of the products with the dense kernel in one call, forward only."""
+    m, n = self.matrix
+    return 2 * self.stack * self.tokens * m * n
+
+  @property
   def view(self) -> lowrank.MatrixView:
-    return lowrank.MatrixView.of(self.rows, self.cols, self.batch)
+    """Which axes are rows, columns and batch, as `LowRank` has it."""
+    return lowrank.MatrixView.of(self.rows, self.cols, self.batch, self._cuts())
+
+  def way(self, rank: int) -> str:
+    """How `factored` multiplies by the kernel at this rank, see `cost`."""
+    if self.multiplied_out:
+      return cost.MATERIALISE
+    return cost.cheapest(self.tokens, *self.matrix, rank)
+
+  def multiply_adds(self, rank: int | None = None) -> int:
+    """Of a training step at this rank, of the dense kernel by default."""
+    shape = self.tokens, *self.matrix
+    if rank is None:
+      return self.stack * cost.dense(*shape)
+    return self.stack * cost.low_rank(self.way(rank), *shape, rank)
+
+  def _size(self, axes: Axes) -> int:
+    return math.prod(self.shape[a] for a in axes)
+
+  def _cuts(self) -> dict[int, int]:
+    """Of the columns that blocks cut, into how many parts each."""
+    cuts, left = {}, self.blocks
+    for axis in self.cols:
+      if left == 1:
+        break
+      cuts[axis] = math.gcd(left, self.shape[axis])
+      left //= cuts[axis]
+      if left > 1 and cuts[axis] != self.shape[axis]:
+        break  # a part of this axis and of the next: no block of memory
+    return cuts
 
 
 def find_layers(
@@ -89,7 +144,7 @@ def find_layers(
   Raises:
     ValueError: params is empty, or has no eligible kernel.
   """
-  layers, reasons = _read(fn, params, args, kwargs)
+  layers, reasons = read(fn, params, args, kwargs)
   if not layers:
     why = '; '.join(f'{p!r}: {r}' for p, r in list(reasons.items())[:3])
     raise ValueError(
@@ -132,7 +187,8 @@ def select(
     raise ValueError(f'min_rank={min_rank}: must be at least 1.')
   if max_aspect is not None and max_aspect <= 1:
     raise ValueError(f'max_aspect={max_aspect}: must be greater than 1.')
-  wanted, unwanted = _pattern('include', include), _pattern('exclude', exclude)
+  wanted = tree.pattern('include', include)
+  unwanted = tree.pattern('exclude', exclude)
   ordered = sorted(layers, key=lambda layer: layer.order)
   kept = ordered[int(keep_first) : len(ordered) - int(keep_last)]
   chosen = tuple(
@@ -153,89 +209,100 @@ def select(
   return chosen
 
 
-@dataclasses.dataclass(frozen=True)
-class Explanation:
-  """What `explain` found; its `str` is a table.
+def ranks_of(layers: Sequence[Layer], rank: Rank | None) -> dict[str, int]:
+  """The rank of every layer, by path, see `rank_of`; a mapping gives each.
 
-  Attributes:
-    layers: the eligible layers, in order of use.
-    reasons: of every other parameter of two axes or more, why not.
+  Raises:
+    ValueError: a rank is out of range, or of a path that is no layer's.
+    TypeError: a rank is no number.
   """
-
-  layers: tuple[Layer, ...]
-  reasons: dict[str, str]
-
-  def __str__(self) -> str:
-    rows = [_HEADER]
-    rows += [_row(layer) for layer in self.layers]
-    rows += [(path, *[''] * 6, why) for path, why in self.reasons.items()]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    line = lambda row: '  '.join(c.ljust(w) for c, w in zip(row, widths))
-    return '\n'.join(line(row).rstrip() for row in rows)
+  if isinstance(rank, Mapping):
+    tree.check_known(rank, [layer.path for layer in layers], 'layer')
+  return {
+    layer.path: rank_of(
+      layer, rank.get(layer.path) if isinstance(rank, Mapping) else rank
+    )
+    for layer in layers
+  }
 
 
-def explain(
-  layers_or_fn: Iterable[Layer] | Callable[..., Any],
-  params: Any = None,
-  *args: Any,
-  **kwargs: Any,
-) -> Explanation:
-  """Says of every kernel what it is, what it costs, or why it stays dense.
+def rank_of(layer: Layer, rank: int | float | None) -> int:
+  """The rank that `rank` (None: full, int: itself, float: share) means here.
+
+  Raises:
+    ValueError: it is out of range for this layer's matrix.
+    TypeError: it is no number.
+  """
+  m, n = layer.matrix
+  if rank is None:
+    return layer.max_rank
+  if isinstance(rank, bool) or not isinstance(rank, numbers.Real):
+    raise TypeError(
+      f'{layer.path!r}: rank={rank!r} must be an int, a float or a mapping '
+      'from paths to ints.'
+    )
+  if not isinstance(rank, numbers.Integral):
+    if not 0 < rank <= 1:
+      raise ValueError(
+        f'{layer.path!r}: rank={rank} as a share of min(m, n) must be in '
+        '(0, 1]; pass an int for a number of directions.'
+      )
+    return max(1, round(rank * layer.max_rank))
+  if rank < 1:
+    raise ValueError(f'{layer.path!r}: rank={rank} must be at least 1.')
+  if rank > layer.max_rank:
+    raise ValueError(
+      f'{layer.path!r}: rank {rank} exceeds min(m, n) = {layer.max_rank} of '
+      f'its ({m}, {n}) matrix; pass rank <= {layer.max_rank} or exclude the '
+      'path.'
+    )
+  return int(rank)
+
+
+def split(
+  layers: Iterable[Layer], blocks: Mapping[str, int]
+) -> tuple[Layer, ...]:
+  """Gives the parts of fused kernels factors and ranks of their own.
+
+  A fused qkv kernel `[embed, 3 heads head_dim]` in 3 blocks has one matrix
+  each for q, k and v; in 3 heads blocks it has one for every head. Blocks are
+  of columns, one after the other in the kernel's memory.
 
   Args:
-    layers_or_fn: layers, or a function to read with the following arguments.
-    params: as for `find_layers`.
-    *args: as for `find_layers`.
-    **kwargs: as for `find_layers`.
+    layers: from `find_layers` or `select`.
+    blocks: number of blocks by regular expression of the path (`re.search`, the
+      first that matches); the other layers stay what they are.
 
   Returns:
-    An `Explanation`, to be printed. Break-even is the rank below which the
-    factors take fewer multiplications (time) or fewer numbers (storage) than
-    the dense kernel.
+    The layers, in the same order.
+
+  Raises:
+    ValueError: a pattern matches no layer; a layer is in blocks already, or its
+      columns do not fall into so many.
   """
-  if not callable(layers_or_fn):
-    return Explanation(tuple(layers_or_fn), {})
-  return Explanation(*_read(layers_or_fn, params, args, kwargs))
+  layers = tuple(layers)
+  rules = {tree.pattern('blocks', p): n for p, n in blocks.items()}
+  for rule in rules:
+    if not any(rule.search(layer.path) for layer in layers):
+      raise ValueError(
+        f'blocks={rule.pattern!r}: matches none of the {len(layers)} layers.'
+      )
 
+  def of(layer: Layer) -> Layer:
+    for rule, n in rules.items():
+      if rule.search(layer.path):
+        if layer.blocks > 1:
+          raise ValueError(
+            f'{layer.path!r}: is in {layer.blocks} blocks already.'
+          )
+        return dataclasses.replace(layer, blocks=n)
+    return layer
 
-_HEADER = (
-  'path',
-  'shape',
-  'matrix',
-  'kind',
-  'tokens',
-  'Mflop',
-  'break-even rank (time, storage)',
-  'low-rank',
-)
-
-
-def _row(layer: Layer) -> tuple[str, ...]:
-  m, n = layer.matrix
-  stack = f'{layer.stack} x ' if layer.batch else ''
-  return (
-    layer.path,
-    str(layer.shape),
-    f'{stack}{m} x {n}',
-    layer.kind,
-    str(layer.tokens),
-    f'{2e-6 * layer.stack * layer.tokens * m * n:.3g}',
-    f'{cost.break_even_time(m, n)}, {cost.break_even_storage(m, n)}',
-    'yes',
-  )
+  return tuple(map(of, layers))
 
 
 def _aspect(layer: Layer) -> float:
   return max(layer.matrix) / min(layer.matrix)
-
-
-def _pattern(name: str, pattern: str) -> re.Pattern[str]:
-  try:
-    return re.compile(pattern)
-  except re.error as e:
-    raise ValueError(
-      f'{name}={pattern!r}: not a regular expression: {e}.'
-    ) from e
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,15 +315,23 @@ class _Kernel:
 
 @dataclasses.dataclass(frozen=True)
 class _Use:
-  """What one equation does with a kernel: `why_not` when it cannot be one."""
+  """What one equation does with a kernel: `why_not` when it cannot be one.
+
+  `within` names the equation around it whose derivative is its own.
+  """
 
   kind: str
   roles: dict[int, str] | None
   tokens: int
   why_not: str = ''
+  blocks: int = 1
+  within: str = ''
 
 
-def _read(fn, params, args, kwargs):
+def read(
+  fn: Callable[..., Any], params: Any, args: tuple, kwargs: dict
+) -> tuple[tuple[Layer, ...], dict[str, str]]:
+  """The layers of `find_layers`, and of other parameters why they are none."""
   if not callable(fn):
     raise TypeError(f'fn={fn!r}: must be a function of the parameters.')
   shapes = tree.flatten(params, lowrank.is_factored)
@@ -298,7 +373,9 @@ def _judge(path: str, leaf: Any, uses: list[_Use]) -> Layer | str:
       return use.why_not
   # The role of an axis of size 1 makes no difference.
   roles = lambda use: {a: r for a, r in use.roles.items() if leaf.shape[a] > 1}
-  if any(roles(use) != roles(uses[0]) for use in uses):
+  if any(
+    (roles(use), use.blocks) != (roles(uses[0]), uses[0].blocks) for use in uses
+  ):
     return 'used in different roles (tied)'
   axes = lambda role: tuple(
     a for a in range(leaf.ndim) if uses[0].roles.get(a, 'row') == role
@@ -311,9 +388,13 @@ def _judge(path: str, leaf: Any, uses: list[_Use]) -> Layer | str:
     axes('batch'),
     uses[0].kind,
     sum(use.tokens for use in uses),
+    blocks=uses[0].blocks,
+    multiplied_out=next((u.within for u in uses if u.within), ''),
   )
   if layer.max_rank < 2:
-    return f'a matrix of {layer.matrix[0]} x {layer.matrix[1]} has no rank'
+    m, n = layer.matrix
+    grouped = f' in each of {layer.blocks} groups' if layer.blocks > 1 else ''
+    return f'a matrix of {m} x {n}{grouped} has no rank'
   return layer
 
 
@@ -323,6 +404,7 @@ class _Reader:
   def __init__(self):
     self.uses: dict[str, list[_Use]] = {}
     self._repeats = 1
+    self._within = ''
 
   def read(self, jaxpr: jex.ClosedJaxpr, operands: list) -> list:
     consts = [None] * len(jaxpr.consts)
@@ -342,13 +424,15 @@ class _Reader:
     if not any(operands):
       return nothing
     name = eqn.primitive.name
-    for program in (
-      jaxprs.called(eqn),
-      jaxprs.rematerialised(eqn),
-      jaxprs.custom_derivative(eqn),
-    ):
+    for program in (jaxprs.called(eqn), jaxprs.rematerialised(eqn)):
       if program is not None:
         return self.read(program, operands)
+    program = jaxprs.custom_derivative(eqn)
+    if program is not None:
+      outer, self._within = self._within, self._within or name
+      out = self.read(program, operands)
+      self._within = outer
+      return out
     if name == 'scan':
       return self._scan(eqn, operands)
     if name == 'cond':
@@ -414,23 +498,39 @@ class _Reader:
       self.other(operands[0], 'convolved as an image')
     if kernel is None:
       return
-    groups = eqn.params['feature_group_count']
-    if groups != 1 or eqn.params['batch_group_count'] != 1:
-      self.other(kernel, f'a convolution of {groups} groups')
+    if eqn.params['batch_group_count'] != 1:
+      self.other(kernel, 'a convolution of groups of the batch')
       return
     numbers = eqn.params['dimension_numbers']
     out = eqn.outvars[0].aval.shape
     tokens = math.prod(out) // out[numbers.out_spec[1]]
-    self._matrix('conv', kernel, numbers.rhs_spec[1:], (), tokens)
+    groups = eqn.params['feature_group_count']
+    stacked, *others = kernel.view.axes[numbers.rhs_spec[0]] or (None,)
+    if groups == 1:
+      self._matrix('conv', kernel, numbers.rhs_spec[1:], (), tokens)
+    elif not others:
+      self._matrix(
+        'conv', kernel, numbers.rhs_spec[1:], (), tokens, blocks=groups
+      )
+    elif stacked.size == groups:  # convolutions under `vmap`
+      self._matrix(
+        'conv', kernel, numbers.rhs_spec[1:], (), tokens, stacked=stacked
+      )
+    else:
+      # Their order need not be that of the kernel's memory.
+      self.other(kernel, f'{groups} groups of channels made of several axes')
 
-  def _matrix(self, kind, kernel, contracted, batch, tokens):
+  def _matrix(
+    self, kind, kernel, contracted, batch, tokens, blocks=1, stacked=None
+  ):
     """Records a product, if it takes every axis of the kernel as a whole."""
     view = kernel.view
     parts = {i: 'row' for i in contracted} | {i: 'batch' for i in batch}
     roles = {atom.axis: {'batch'} for atom in view.stacked}
     for i, group in enumerate(view.axes):
       for atom in group:
-        roles.setdefault(atom.axis, set()).add(parts.get(i, 'col'))
+        role = 'batch' if atom == stacked else parts.get(i, 'col')
+        roles.setdefault(atom.axis, set()).add(role)
     mixed = [a for a, r in roles.items() if len(r) > 1]
     if mixed:
       self.other(kernel, f'axis {mixed[0]} has parts in different roles')
@@ -439,4 +539,7 @@ class _Reader:
     stack = math.prod(a.size for a in view.stacked)
     repeats = self._repeats // max(1, stack)
     roles = {a: r.pop() for a, r in roles.items()}
-    self._record(kernel, _Use(kind, roles, tokens * repeats))
+    use = _Use(
+      kind, roles, tokens * repeats, blocks=blocks, within=self._within
+    )
+    self._record(kernel, use)

@@ -10,9 +10,12 @@ Rank is logical before it is physical: a pruned direction is a column of U and
 a row of V^T that are exactly zero, behind the live ones.
 """
 
+from collections.abc import Mapping
 import dataclasses
 import functools
+import itertools
 import math
+import types
 from typing import Any
 
 import jax
@@ -32,35 +35,88 @@ class MatrixView:
 
   The axes, ascending, are those of the core kernel. Further leading axes, as
   `vmap` and `scan` peel off, are batch axes that need no name.
+
+  An axis may be cut into equal blocks, each a matrix of its own: the chunks of
+  a fused qkv, the groups of a convolution. It then counts as two axes, that of
+  the blocks, a batch axis, and that of the places within a block.
+
+  Attributes:
+    rows: contracted axes.
+    cols: free axes.
+    batch: axes of stacked matrices.
+    blocks: of every axis of the core kernel, the number of blocks that it is
+      cut into, 1 where it is whole; empty when all are.
   """
 
   rows: Axes
   cols: Axes
   batch: Axes = ()
+  blocks: Axes = ()
 
   @classmethod
-  def of(cls, rows: Axes, cols: Axes, batch: Axes = ()) -> 'MatrixView':
-    """From axes of the whole kernel: leading batch axes become nameless."""
+  def of(
+    cls,
+    rows: Axes,
+    cols: Axes,
+    batch: Axes = (),
+    blocks: Mapping[int, int] = types.MappingProxyType({}),
+  ) -> 'MatrixView':
+    """From axes of the whole kernel: leading batch axes become nameless.
+
+    Args:
+      rows: contracted axes.
+      cols: free axes.
+      batch: axes of stacked matrices.
+      blocks: of the columns that are cut, into how many blocks.
+    """
     lead = 0
     while lead in batch:
       lead += 1
-    core = lambda axes: tuple(sorted(a - lead for a in axes if a >= lead))
-    return cls(core(rows), core(cols), core(batch))
+    core = range(lead, len(rows) + len(cols) + len(batch))
+    cut = [a for a in core if blocks.get(a, 1) > 1]
+    # A cut axis is followed by its places: all axes behind it move up by one.
+    place = lambda a: a - lead + sum(c < a for c in cut)
+    named = lambda axes: [place(a) for a in axes if a >= lead]
+    return cls(
+      tuple(sorted(named(rows))),
+      tuple(sorted(place(a) + (a in cut) for a in cols)),
+      tuple(sorted(named(batch) + named(cut))),
+      tuple(blocks.get(a, 1) for a in core) if cut else (),
+    )
 
   @property
   def ndim(self) -> int:
-    return len(self.rows) + len(self.cols) + len(self.batch)
+    """The number of axes of the core kernel."""
+    return len(self.blocks) or len(self.order(0))
 
   def order(self, lead: int) -> Axes:
-    """The permutation from the kernel's axes to (lead, batch, rows, cols)."""
+    """The permutation from the axes of `cut` to (lead, batch, rows, cols)."""
     core = (*self.batch, *self.rows, *self.cols)
     return (*range(lead), *(a + lead for a in core))
+
+  def cut(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a kernel with every axis that is cut counted as two."""
+    lead = len(shape) - self.ndim
+    blocks = self.blocks or (1,) * self.ndim
+    sizes = [
+      (n,) if b == 1 else (b, n // b)
+      for n, b in zip(shape[lead:], blocks, strict=True)
+    ]
+    return (*shape[:lead], *itertools.chain(*sizes))
+
+  def whole(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The inverse of `cut`."""
+    lead = len(shape) - len(self.order(0))
+    sizes = iter(shape[lead:])
+    blocks = self.blocks or (1,) * self.ndim
+    join = lambda b: next(sizes) * (1 if b == 1 else next(sizes))
+    return (*shape[:lead], *map(join, blocks))
 
   def split(self, shape: tuple[int, ...]) -> tuple[Axes, Axes, Axes]:
     """Sizes of the batch, row and column axes of a kernel of this shape."""
     lead = len(shape) - self.ndim
-    core = shape[lead:]
-    sizes = lambda axes: tuple(core[a] for a in axes)
+    shape = self.cut(shape)
+    sizes = lambda axes: tuple(shape[lead + a] for a in axes)
     return (
       (*shape[:lead], *sizes(self.batch)),
       sizes(self.rows),
@@ -70,7 +126,8 @@ class MatrixView:
   def to_matrix(self, kernel: Array) -> Array:
     """The kernel as `[b, m, n]`."""
     batch, rows, cols = self.split(kernel.shape)
-    kernel = jnp.transpose(kernel, self.order(kernel.ndim - self.ndim))
+    order = self.order(kernel.ndim - self.ndim)
+    kernel = jnp.transpose(kernel.reshape(self.cut(kernel.shape)), order)
     return kernel.reshape(math.prod(batch), math.prod(rows), math.prod(cols))
 
   def from_matrix(self, matrix: Array, shape: tuple[int, ...]) -> Array:
@@ -78,7 +135,32 @@ class MatrixView:
     batch, rows, cols = self.split(shape)
     order = self.order(len(shape) - self.ndim)
     inverse = sorted(range(len(order)), key=order.__getitem__)
-    return jnp.transpose(matrix.reshape(*batch, *rows, *cols), inverse)
+    kernel = jnp.transpose(matrix.reshape(*batch, *rows, *cols), inverse)
+    return kernel.reshape(shape)
+
+  def unstacked(self) -> 'MatrixView':
+    """The view without its first batch axis, as an iteration of a scan sees.
+
+    Raises:
+      ValueError: there is no such axis.
+    """
+    if not self.batch:
+      raise ValueError(f'{self}: has no batch axis to take away.')
+    gone = self.batch[0]
+    down = lambda axes: tuple(a - (a > gone) for a in axes if a != gone)
+    blocks = []
+    at = 0  # the axis of `cut` at which an axis of the kernel begins
+    for b in self.blocks:
+      if at != gone:
+        blocks.append(b)
+      elif b > 1:
+        blocks.append(1)
+      at += 1 + (b > 1)
+    if max(blocks, default=1) == 1:
+      blocks = []
+    return MatrixView(
+      down(self.rows), down(self.cols), down(self.batch), tuple(blocks)
+    )
 
 
 class _NotAnArray:
@@ -238,8 +320,12 @@ def materialise(
   """The dense kernel, multiplied out in float32 or wider."""
   matmul = functools.partial(jnp.matmul, precision=precision)
   if isinstance(node, LowRank):
-    u, s, vt = matrices(node)
-    left, right = u, matmul(s, vt)
+    left, s, right = matrices(node)
+    # Sigma joins the smaller side.
+    if left.shape[-2] < right.shape[-1]:
+      left = matmul(left, s)
+    else:
+      right = matmul(s, right)
   else:
     b, m, n = matrix_shape(node)
     left = wide(node.a).reshape(b, m, node.rank)
@@ -270,7 +356,7 @@ def wide(x: Array) -> Array:
 
 def _dense_shape(view, lead, batch, rows, vt_shape) -> tuple[int, ...]:
   cols = vt_shape[len(batch) + 1 :]
-  core = dict(zip(view.batch, batch[lead:], strict=True))
-  core |= dict(zip(view.rows, rows, strict=True))
-  core |= dict(zip(view.cols, cols, strict=True))
-  return (*batch[:lead], *(core[a] for a in range(view.ndim)))
+  sizes = dict(zip(view.batch, batch[lead:], strict=True))
+  sizes |= dict(zip(view.rows, rows, strict=True))
+  sizes |= dict(zip(view.cols, cols, strict=True))
+  return view.whole((*batch[:lead], *(sizes[a] for a in range(len(sizes)))))

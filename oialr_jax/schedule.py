@@ -6,7 +6,7 @@ steps apart (paper, Section 3). `Schedule.event` only reads; `apply_event` is
 the pure function that does what the event says.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 import math
@@ -244,6 +244,7 @@ def apply_event(
   schedule: Schedule,
   *,
   bases: Mapping[str, Array] | None = None,
+  program: Callable[..., Any] | None = None,
 ) -> tuple[PyTree, PyTree, Report]:
   """Does what the event says to the parameters and the optimiser's state.
 
@@ -256,6 +257,8 @@ def apply_event(
     layers: those that the method is for, from `select`.
     schedule: the schedule that the event is from.
     bases: where stability decides, `bases` of the last event's report.
+    program: what `foresee(event, ...).lower(params, opt_state)` compiled to,
+      for these shapes; compiled now by default.
 
   Returns:
     The parameters, the optimiser's state, and a `Report`.
@@ -279,13 +282,15 @@ def apply_event(
       converting = [
         x for x in dense if stability.get(x.path, -1) >= schedule.stability
       ]
-  plan = _Plan.of(event, layers, leaves, converting, schedule)
+  plan = Plan.of(event, layers, leaves, converting, schedule)
   if tree.is_concrete((params, opt_state)):
-    transforms.check_finite({x.path: _values(leaves[x.path]) for x in layers})
-    params, opt_state, aligned, found = _jitted()(plan, params, opt_state)
+    run = program or functools.partial(_jitted(), plan)
+    # Checked afterwards, so that it is a part of the same program.
+    params, opt_state, finite, aligned, found = run(params, opt_state)
+    transforms.check_flags(finite)
     transforms.check_decomposed(aligned)
   else:
-    params, opt_state, _, found = _do(plan, params, opt_state)
+    params, opt_state, _, _, found = _do(plan, params, opt_state)
   gone = set(plan.converted)
   return (
     params,
@@ -302,10 +307,45 @@ def apply_event(
   )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-  """An event's doing with all decisions taken: static, one program each."""
+def foresee(
+  event: Event, params: PyTree, layers: Layers, schedule: Schedule
+) -> 'Plan | None':
+  """What the event is going to do, as far as shapes alone say so.
 
+  Args:
+    event: from `schedule.event(step)`.
+    params: pytree of parameters, or of their shapes.
+    layers: those that the method is for.
+    schedule: the schedule that the event is from.
+
+  Returns:
+    The plan, or None where stability decides.
+  """
+  layers = tuple(layers)
+  leaves = tree.flatten(params, lowrank.is_factored)
+  dense = [x for x in layers if not lowrank.is_low_rank(leaves[x.path])]
+  if dense and not event.last_transition:
+    return None
+  return Plan.of(event, layers, leaves, dense, schedule)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """An event's doing with all decisions taken: static, one program each.
+
+  Attributes:
+    paths: of all layers that the method is for.
+    converting: layers that become low-rank.
+    updated: paths of the layers whose bases are aligned.
+    pruned: paths of the layers that are pruned.
+    rank: see `Schedule`, as are all that follow.
+    cutoff: the relative one.
+    max_drop: the largest share that is dropped.
+    floor: the share of min(m, n) below which no rank falls.
+    policy: what becomes of the optimiser's state.
+  """
+
+  paths: tuple[str, ...]
   converting: tuple[layers_lib.Layer, ...]
   updated: tuple[str, ...]
   pruned: tuple[str, ...]
@@ -320,7 +360,15 @@ class _Plan:
     return tuple(layer.path for layer in self.converting)
 
   @classmethod
-  def of(cls, event, layers, leaves, converting, schedule) -> '_Plan':
+  def of(
+    cls,
+    event: Event,
+    layers: Layers,
+    leaves: Mapping[str, Any],
+    converting: Layers,
+    schedule: Schedule,
+  ) -> 'Plan':
+    """Of parameters by path, when these layers become low-rank."""
     new = {layer.path for layer in converting}
     ordered = sorted(layers, key=lambda layer: layer.order)
     taken = math.ceil(event.share * len(ordered) - 1e-9)
@@ -330,6 +378,7 @@ class _Plan:
       p for p in included if p in new and schedule.prune_at_transition
     ]
     return cls(
+      paths=tuple(layer.path for layer in layers),
       converting=tuple(converting),
       updated=tuple(low),
       pruned=tuple(pruned) if schedule.rank is None else (),
@@ -340,10 +389,16 @@ class _Plan:
       policy=schedule.policy,
     )
 
+  def lower(self, params: PyTree, opt_state: PyTree) -> jax.stages.Lowered:
+    """The event's program, to be compiled; shapes do as arguments."""
+    return _jitted().lower(self, params, opt_state)
 
-def _do(plan: _Plan, params: PyTree, opt_state: PyTree):
+
+def _do(plan: Plan, params: PyTree, opt_state: PyTree):
   """Converts, aligns and prunes; the optimiser's state follows at once."""
   new, spectra = params, {}
+  leaves = tree.flatten(params, lowrank.is_factored)
+  finite = {p: jnp.all(jnp.isfinite(_values(leaves[p]))) for p in plan.paths}
   if plan.converting:
     full = transforms.to_lowrank(new, plan.converting)
     spectra |= _spectra(full, plan.converted)
@@ -373,26 +428,41 @@ def _do(plan: _Plan, params: PyTree, opt_state: PyTree):
     truncation={p: _lost(spectra[p], kept[p]) for p in spectra},
     drift=metrics.drift(new),
   )
-  return new, opt_state, aligned, found
+  return new, opt_state, finite, aligned, found
 
 
 @functools.cache
 def _jitted():
-  # An event's program runs a few times at most. On CPUs, where LLVM takes ten
-  # times as long to optimise it as LAPACK to do the work, it is not optimised.
-  options = {'xla_backend_optimization_level': 0}
-  on_cpu = jax.default_backend() == 'cpu'
-  return jax.jit(
-    _do, static_argnums=0, compiler_options=options if on_cpu else None
-  )
+  """`_do`, to be compiled quickly rather than well.
+
+  An event's program runs a few times at most. On CPUs, where LLVM takes ten
+  times as long to optimise it as LAPACK to do the work, it is not optimised.
+  """
+  options = {}
+  if jax.default_backend() == 'cpu':
+    options = {
+      'xla_backend_optimization_level': 0,
+      'xla_cpu_use_fusion_emitters': False,
+    }
+  known = {k: v for k, v in options.items() if _compiles({k: v})}
+  return jax.jit(_do, static_argnums=0, compiler_options=known or None)
 
 
-def _fit(plan: _Plan) -> dict[str, int]:
+def _compiles(options: dict[str, Any]) -> bool:
+  """Whether this release knows these options: they come and go."""
+  try:
+    jax.jit(lambda x: x, compiler_options=options).lower(0).compile()
+  except jax.errors.JaxRuntimeError:
+    return False
+  return True
+
+
+def _fit(plan: Plan) -> dict[str, int]:
   """Fixed ranks; a layer that is smaller than the rank keeps all it has."""
   fits = lambda x: (
     min(plan.rank, x.max_rank) if isinstance(plan.rank, int) else plan.rank
   )
-  return {x.path: transforms.layer_rank(x, fits(x)) for x in plan.converting}
+  return {x.path: layers_lib.rank_of(x, fits(x)) for x in plan.converting}
 
 
 def _check_rank(rank: int | float):

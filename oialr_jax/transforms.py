@@ -24,7 +24,7 @@ from oialr_jax import tree
 Array = jax.Array
 LowRank = lowrank.LowRank
 PyTree = Any
-Rank = int | float | Mapping[str, int]
+Rank = layers_lib.Rank
 
 # Beyond this departure of U^T U from I, bases are orthonormalised anew.
 DRIFT_TOLERANCE = 1e-5
@@ -63,7 +63,7 @@ def to_lowrank(
   for path in paths:
     if paths.count(path) > 1:
       raise ValueError(f'{path!r}: is in layers twice; leave one out.')
-  ranks = _ranks_of(layers, rank)
+  ranks = layers_lib.ranks_of(layers, rank)
   kernels = {}
   for layer in layers:
     _check_kernel(layer, leaves[layer.path])
@@ -120,7 +120,7 @@ def update_basis(
     check_finite({path: p[i] for path, p in parts.items()}, name)
   aligned = linalg.by_shape(_align, parts)
   check_decomposed({path: out[-1] for path, out in aligned.items()})
-  return _replaced(
+  return replaced(
     params,
     {
       path: lowrank.from_matrices(nodes[path], *out[:-1])
@@ -168,7 +168,7 @@ def prune_sigma(
   parts = {path: lowrank.matrices(node) for path, node in nodes.items()}
   aligned = linalg.by_shape(_align_unless_aligned, parts)
   check_decomposed({path: out[-1] for path, out in aligned.items()})
-  params = _replaced(
+  params = replaced(
     params,
     {
       path: lowrank.from_matrices(nodes[path], *out[:-1])
@@ -201,7 +201,7 @@ def prune_aligned(
   pruned = linalg.by_shape(
     prune, {path: lowrank.matrices(node) for path, node in nodes.items()}
   )
-  return _replaced(
+  return replaced(
     params,
     {
       path: lowrank.from_matrices(nodes[path], *out)
@@ -210,43 +210,72 @@ def prune_aligned(
   )
 
 
-def compact(params: PyTree, *, multiple_of: int = 1) -> PyTree:
+def compact(
+  params: PyTree,
+  *,
+  multiple_of: int = 1,
+  ranks: Mapping[str, int] | None = None,
+) -> PyTree:
   """Slices the pruned directions away; host side, because shapes change.
 
   Args:
     params: pytree with `LowRank` leaves, concrete.
     multiple_of: ranks are rounded up to a multiple of this (at most the rank
       there is), the spare directions staying zero. 8 or 128 suit the hardware.
+    ranks: what to leave, by path, instead of the smallest: those of an earlier
+      `compact_ranks`, which pruning since then can only have lowered.
 
   Returns:
     params with the smallest buffers; the function is the same. A kernel whose
     buffers do not shrink is the same object.
 
   Raises:
-    ValueError: multiple_of is less than 1.
+    ValueError: multiple_of is less than 1; a path is not that of a low-rank
+      leaf; a rank is less than the live one.
     TypeError: params are traced: call it outside `jax.jit`.
   """
-  if multiple_of < 1:
-    raise ValueError(f'multiple_of={multiple_of}: must be at least 1.')
   sizes = compact_ranks(params, multiple_of=multiple_of)
+  if ranks is not None:
+    tree.check_known(ranks, sizes, 'low-rank leaf')
+    for path, rank in ranks.items():
+      if rank < sizes[path]:
+        raise ValueError(
+          f'{path!r}: rank {rank} is less than the {sizes[path]} directions '
+          'that are live; prune_sigma first.'
+        )
+    sizes = ranks
   return tree.map_with_path(
-    lambda path, x: _sliced(x, sizes[path]) if path in sizes else x,
+    lambda path, x: sliced(x, sizes[path]) if path in sizes else x,
     params,
     is_leaf=lowrank.is_low_rank,
   )
 
 
 def compact_ranks(params: PyTree, *, multiple_of: int = 1) -> dict[str, int]:
-  """The rank that `compact` would leave in every low-rank leaf, by path."""
+  """The rank that `compact` would leave in every low-rank leaf, by path.
+
+  Raises:
+    ValueError: multiple_of is less than 1.
+    TypeError: params are traced.
+  """
+  if multiple_of < 1:
+    raise ValueError(f'multiple_of={multiple_of}: must be at least 1.')
   nodes = low_rank_leaves(params)
   if not tree.is_concrete(nodes):
     raise TypeError(
       'compact and ranks read values: call them outside jax.jit, on arrays.'
     )
   ranks = jax.device_get(_live_ranks(nodes))
+  return rounded_up(params, ranks, multiple_of)
+
+
+def rounded_up(
+  params: PyTree, ranks: Mapping[str, int], multiple_of: int
+) -> dict[str, int]:
+  """Ranks up to a multiple of a number, but not above what the leaves have."""
   return {
     path: min(node.rank, -(-int(ranks[path]) // multiple_of) * multiple_of)
-    for path, node in nodes.items()
+    for path, node in low_rank_leaves(params).items()
   }
 
 
@@ -316,6 +345,16 @@ def low_rank_leaves(params: PyTree) -> dict[str, LowRank]:
   return {p: x for p, x in leaves.items() if lowrank.is_low_rank(x)}
 
 
+def sliced(node: LowRank, rank: int) -> LowRank:
+  """The first `rank` directions of a leaf; traceable, nothing is checked."""
+  if rank >= node.rank:
+    return node
+  u, s, vt = lowrank.matrices(node)
+  return lowrank.from_matrices(
+    node, u[..., :rank], s[..., :rank, :rank], vt[:, :rank]
+  )
+
+
 @jax.jit
 def _live_ranks(nodes: dict[str, LowRank]) -> dict[str, Array]:
   return {path: live_rank(node) for path, node in nodes.items()}
@@ -354,8 +393,12 @@ def check_finite(arrays: Mapping[str, Array], what: str = 'the kernel'):
   """
   if not tree.is_concrete(arrays):
     return
-  finite = jax.device_get(_all_finite(dict(arrays)))
-  for path, ok in finite.items():
+  check_flags(_all_finite(dict(arrays)), what)
+
+
+def check_flags(finite: Mapping[str, Array], what: str = 'the kernel'):
+  """`check_finite` of what is known to be finite or not."""
+  for path, ok in jax.device_get(dict(finite)).items():
     if not ok:
       raise ValueError(
         f'{path!r}: {what} holds NaN or infinity; it cannot be decomposed. '
@@ -400,50 +443,6 @@ def _check_kernel(layer: layers_lib.Layer, leaf: Any):
       f'{layer.path!r}: dtype {leaf.dtype} is not real floating point; '
       'exclude the path.'
     )
-
-
-def _ranks_of(layers, rank: Rank | None) -> dict[str, int]:
-  if isinstance(rank, Mapping):
-    tree.check_known(rank, [layer.path for layer in layers], 'layer')
-  return {
-    layer.path: layer_rank(
-      layer, rank.get(layer.path) if isinstance(rank, Mapping) else rank
-    )
-    for layer in layers
-  }
-
-
-def layer_rank(layer: layers_lib.Layer, rank: int | float | None) -> int:
-  """The rank that `rank` (None: full, int: itself, float: share) means here.
-
-  Raises:
-    ValueError: it is out of range for this layer's matrix.
-    TypeError: it is no number.
-  """
-  m, n = layer.matrix
-  if rank is None:
-    return layer.max_rank
-  if isinstance(rank, bool) or not isinstance(rank, (int, float, np.number)):
-    raise TypeError(
-      f'{layer.path!r}: rank={rank!r} must be an int, a float or a mapping '
-      'from paths to ints.'
-    )
-  if isinstance(rank, (float, np.floating)):
-    if not 0 < rank <= 1:
-      raise ValueError(
-        f'{layer.path!r}: rank={rank} as a share of min(m, n) must be in '
-        '(0, 1]; pass an int for a number of directions.'
-      )
-    return max(1, round(rank * layer.max_rank))
-  if rank < 1:
-    raise ValueError(f'{layer.path!r}: rank={rank} must be at least 1.')
-  if rank > layer.max_rank:
-    raise ValueError(
-      f'{layer.path!r}: rank {rank} exceeds min(m, n) = {layer.max_rank} of '
-      f'its ({m}, {n}) matrix; pass rank <= {layer.max_rank} or exclude the '
-      'path.'
-    )
-  return int(rank)
 
 
 @jax.jit
@@ -571,16 +570,8 @@ def _chosen(params, paths) -> dict[str, LowRank]:
   return {path: node for path, node in nodes.items() if path in set(paths)}
 
 
-def _replaced(params, nodes: Mapping[str, LowRank]):
+def replaced(params: PyTree, nodes: Mapping[str, Any]) -> PyTree:
+  """params with other nodes at these paths."""
   return tree.map_with_path(
     lambda path, x: nodes.get(path, x), params, is_leaf=lowrank.is_low_rank
-  )
-
-
-def _sliced(node: LowRank, rank: int) -> LowRank:
-  if rank == node.rank:
-    return node
-  u, s, vt = lowrank.matrices(node)
-  return lowrank.from_matrices(
-    node, u[..., :rank], s[..., :rank, :rank], vt[:, :rank]
   )

@@ -6,6 +6,7 @@ example 'encoder/block_0/mlp/kernel'. It is written so for dicts, FrozenDicts,
 """
 
 from collections.abc import Callable, Collection
+import re
 from typing import Any
 
 import jax
@@ -22,8 +23,8 @@ def flatten(
     ValueError: two leaves share one path, as in {'a': {'b': 1}, 'a/b': 2}.
   """
   leaves = {}
-  for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf):
-    path = _name(key_path)
+  values = jax.tree.leaves(tree, is_leaf=is_leaf)
+  for path, leaf in zip(paths(tree, is_leaf), values, strict=True):
     if path in leaves:
       raise ValueError(
         f'{path!r}: two leaves of the tree have this path; rename one of '
@@ -31,6 +32,14 @@ def flatten(
       )
     leaves[path] = leaf
   return leaves
+
+
+def paths(
+  tree: PyTree, is_leaf: Callable[[Any], bool] | None = None
+) -> list[str]:
+  """Returns the paths of the leaves, in the order of the tree."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf)
+  return [_name(key_path) for key_path, _ in leaves]
 
 
 def map_with_path(
@@ -57,6 +66,18 @@ def check_known(paths: Collection[str], known: Collection[str], what: str):
         f'{path!r}: no such {what}; the tree has {len(known)}: {shown}'
         f'{", ..." if len(known) > 5 else ""}.'
       )
+
+
+def pattern(name: str, regex: str) -> re.Pattern[str]:
+  """Compiles the regular expression that the argument `name` was given.
+
+  Raises:
+    ValueError: it is none.
+  """
+  try:
+    return re.compile(regex)
+  except re.error as e:
+    raise ValueError(f'{name}={regex!r}: not a regular expression: {e}.') from e
 
 
 def is_concrete(tree: PyTree) -> bool:

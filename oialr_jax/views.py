@@ -66,6 +66,29 @@ class View:
     groups = self.axes if axes is None else [self.axes[i] for i in axes]
     return tuple(a for group in groups for a in group)
 
+  def reshape(self, shape: tuple[int, ...]) -> 'View | None':
+    """Deals the atoms out to new axes; None where they would be torn apart."""
+    if math.prod(self.shape) != math.prod(shape):
+      return None
+    atoms = list(reversed(self.atoms()))  # a stack: the major atom on top
+    axes = []
+    for size in shape:
+      group = []
+      while size > 1:
+        atom = atoms.pop()
+        if size % atom.size == 0:
+          group.append(atom)
+          size //= atom.size
+        elif atom.size % size == 0:
+          minor = atom.size // size
+          group.append(Atom(atom.axis, atom.stride * minor, size))
+          atoms.append(Atom(atom.axis, atom.stride, minor))
+          size = 1
+        else:
+          return None
+      axes.append(tuple(group))
+    return View(tuple(axes), self.stacked)
+
   def peel(self) -> 'View | None':
     """What one iteration of a scan sees; None when there is no such axis."""
     if not self.axes:
@@ -86,7 +109,7 @@ def follow(view: View, eqn: jex.JaxprEqn) -> View | None:
       view, axes=tuple(view.axes[i] for i in params['permutation'])
     )
   if name == 'reshape' and params['dimensions'] is None:
-    return _regroup(view, eqn.outvars[0].aval.shape)
+    return view.reshape(eqn.outvars[0].aval.shape)
   if name == 'squeeze':
     gone = params['dimensions']
     return dataclasses.replace(
@@ -95,30 +118,6 @@ def follow(view: View, eqn: jex.JaxprEqn) -> View | None:
   if name == 'broadcast_in_dim':
     return _expand(view, eqn.outvars[0].aval.shape, params)
   return None
-
-
-def _regroup(view: View, shape: tuple[int, ...]) -> View | None:
-  """Deals the atoms out to the new axes, splitting them where it must."""
-  if math.prod(view.shape) != math.prod(shape):
-    return None
-  atoms = list(reversed(view.atoms()))  # a stack: the major atom on top
-  axes = []
-  for size in shape:
-    group = []
-    while size > 1:
-      atom = atoms.pop()
-      if size % atom.size == 0:
-        group.append(atom)
-        size //= atom.size
-      elif atom.size % size == 0:
-        minor = atom.size // size
-        group.append(Atom(atom.axis, atom.stride * minor, size))
-        atoms.append(Atom(atom.axis, atom.stride, minor))
-        size = 1
-      else:
-        return None
-    axes.append(tuple(group))
-  return View(tuple(axes), view.stacked)
 
 
 def _expand(view: View, shape, params) -> View | None:

@@ -82,7 +82,9 @@ def fit(net=Net(), schedule=True, **options):  # noqa: B008 (frozen)
     'eval_fn': evaluate,
     'eval_data': eval_batches,
     'log_every': 10,
-    'compaction': training.Compaction(min_saving=0, multiple_of=1),
+    'compaction': training.Compaction(
+      min_saving=0, multiple_of=1, background=False, reproducible=True
+    ),
   } | options
   data = options.pop('data', None) or batches()
   return training.fit(loss, params, data, **options)

@@ -22,7 +22,7 @@ def get_config() -> ml_collections.ConfigDict:
       clip=5.0,
       label_smoothing=0.0,
       track_every=210,
-      min_saving=0.1,  # of multiply-adds, for a compaction
+      compaction=dict(min_saving=0.1, background=True, reproducible=False),
       oialr=dict(
         delay=1 / 3,
         every=210,

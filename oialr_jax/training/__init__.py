@@ -4,9 +4,12 @@ from oialr_jax.training.callbacks import Callback
 from oialr_jax.training.callbacks import Jsonl
 from oialr_jax.training.callbacks import Progress
 from oialr_jax.training.callbacks import TensorBoard
-from oialr_jax.training.loop import Compaction
+from oialr_jax.training.compaction import Compaction
 from oialr_jax.training.loop import fit
-from oialr_jax.training.loop import Result
+from oialr_jax.training.programs import use_compilation_cache
+from oialr_jax.training.run import Result
 from oialr_jax.training.steps import eval_step
+from oialr_jax.training.steps import EvalFn
+from oialr_jax.training.steps import LossFn
 from oialr_jax.training.steps import train_step
 from oialr_jax.training.steps import TrainState

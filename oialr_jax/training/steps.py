@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from oialr_jax import transforms
+from oialr_jax.factored import Contraction
 from oialr_jax.factored import factored  # the package's `factored` is this
 
 Array = jax.Array
@@ -49,7 +50,7 @@ class TrainState:
 def train_step(
   loss_fn: LossFn,
   tx: optax.GradientTransformation,
-  contraction: str = 'auto',
+  contraction: Contraction = 'auto',
 ) -> Callable[[TrainState, Batch, Array], tuple[TrainState, Metrics]]:
   """Returns `step(state, batch, key) -> state, metrics`, to be jitted.
 
@@ -87,7 +88,7 @@ def train_step(
 
 
 def eval_step(
-  eval_fn: EvalFn, contraction: str = 'auto'
+  eval_fn: EvalFn, contraction: Contraction = 'auto'
 ) -> Callable[[PyTree, PyTree, Batch], tuple[Metrics, Array]]:
   """Returns `step(params, model_state, batch) -> sums, count`, to be jitted.
 
