@@ -1,6 +1,11 @@
 """Tests of the trainer on a small network and random, learnable data."""
 
 import json
+import pathlib
+import subprocess
+import sys
+import threading
+import time
 
 from flax import linen as nn
 import jax
@@ -12,6 +17,7 @@ import pytest
 import oialr_jax as oialr
 from oialr_jax import checkpoint
 from oialr_jax import training
+from oialr_jax.training import programs
 
 STEPS = 30
 
@@ -118,9 +124,8 @@ def test_oialr_converts_prunes_and_keeps_learning():
 
 def test_the_step_is_compiled_only_when_shapes_change():
   result = fit()
-  during = [c for c in result.select('compaction') if c['step'] < STEPS]
-  assert during
-  assert result.compilations == 2 + len(during)
+  assert _compactions(result)
+  assert result.compilations == 2 + len(_compactions(result))
   never = fit(compaction=training.Compaction(min_saving=1))
   assert never.compilations == 2
 
@@ -128,6 +133,172 @@ def test_the_step_is_compiled_only_when_shapes_change():
 def test_compaction_changes_nothing_but_shapes():
   never = fit(compaction=training.Compaction(min_saving=1))
   np.testing.assert_allclose(losses(never), losses(fit()), rtol=2e-4)
+
+
+# Compiling beside the training.
+
+
+def _compactions(result):
+  return [c for c in result.select('compaction') if c['step'] < STEPS]
+
+
+def _policy(**changes):
+  defaults = dict(min_saving=0, multiple_of=1, payback=0)
+  return training.Compaction(**(defaults | changes))
+
+
+@pytest.mark.parametrize('reproducible', [True, False])
+def test_compiled_in_the_background_it_is_the_same_run(reproducible):
+  now = fit()
+  behind = fit(compaction=_policy(reproducible=reproducible))
+  np.testing.assert_allclose(losses(behind), losses(now), rtol=1e-4)
+  assert oialr.ranks(behind.params) == oialr.ranks(now.params)
+  dense = lambda result: jax.tree.leaves(oialr.to_dense(result.params))
+  for a, b in zip(dense(behind), dense(now), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_reproducible_runs_are_equal_bit_for_bit():
+  one, other = (fit(compaction=_policy(reproducible=True)) for _ in range(2))
+  np.testing.assert_array_equal(losses(one), losses(other))
+  jax.tree.map(np.testing.assert_array_equal, one.params, other.params)
+  # What is decided at an event takes over at the next one.
+  assert [(c['decided'], c['step']) for c in _compactions(one)] == [(16, 23)]
+
+
+def test_training_goes_on_while_smaller_shapes_compile(monkeypatch):
+  """They are held up until a step that the training has to reach first."""
+  compile_ = programs._compile
+  pruned, go_on, finished = threading.Event(), threading.Event(), []
+
+  def slow(lowered):
+    if threading.current_thread() is threading.main_thread():
+      return compile_(lowered)
+    held = pruned.is_set()
+    assert not held or go_on.wait(60)
+    program = compile_(lowered)
+    finished.extend([program] * held)
+    return program
+
+  class Watch(training.Callback):
+    def on_record(self, record):
+      if record['kind'] == 'event' and record['event'] == 'update':
+        pruned.set()
+
+    def on_step(self, step):
+      if step == 20:
+        go_on.set()
+        while len(finished) < 2:  # the slicing, and the step
+          time.sleep(0.01)
+        time.sleep(0.1)  # for the thread to hand it over
+
+  monkeypatch.setattr(programs, '_compile', slow)
+  result = fit(compaction=_policy(), callbacks=[Watch()])
+  (compaction, *_) = _compactions(result)
+  assert compaction['decided'] == 16 and compaction['step'] >= 20
+  np.testing.assert_allclose(losses(result), losses(fit()), rtol=1e-4)
+
+
+def test_what_can_be_foreseen_is_not_compiled_by_the_training(monkeypatch):
+  waited_for = []
+  compile_ = programs._compile
+
+  def spy(lowered):
+    if threading.current_thread() is threading.main_thread():
+      waited_for.append(lowered)
+    return compile_(lowered)
+
+  monkeypatch.setattr(programs, '_compile', spy)
+  fit(compaction=_policy(min_saving=1), eval_fn=None, eval_data=None)
+  # The dense step, and the slicing at the end.
+  assert len(waited_for) == 2
+  waited_for.clear()
+  fit(
+    compaction=_policy(min_saving=1, background=False),
+    eval_fn=None,
+    eval_data=None,
+  )
+  # Also the transition, the low-rank step and the updates.
+  assert len(waited_for) == 5
+
+
+def test_a_program_that_fails_to_compile_is_an_error_of_the_run(monkeypatch):
+  compile_ = programs._compile
+
+  def fails(lowered):
+    if threading.current_thread() is threading.main_thread():
+      return compile_(lowered)
+    raise RuntimeError('out of memory, say')
+
+  monkeypatch.setattr(programs, '_compile', fails)
+  with pytest.raises(RuntimeError, match='out of memory, say'):
+    fit(compaction=_policy())
+
+
+@pytest.mark.parametrize(
+  'changes, pays',
+  [
+    ({}, True),
+    ({'after': 95}, False),  # saves less than min_saving
+    ({'after': 100}, False),
+    ({'steps': 7}, False),  # 7 steps save 0.7 s x 3/4, and compiling takes 1 s
+    ({'steps': 14}, True),
+    ({'step_flops': 400.0, 'steps': 14}, False),  # the rest is not saved
+    ({'step_flops': 400.0, 'steps': 28}, True),
+    ({'compile_seconds': 8.0}, False),
+  ],
+)
+def test_slicing_pays_when_it_saves_more_than_it_costs(changes, pays):
+  case = dict(
+    before=100,
+    after=25,
+    step_seconds=0.1,
+    step_flops=None,
+    steps=100,
+    compile_seconds=1.0,
+  )
+  assert training.Compaction().pays(**(case | changes)) == pays
+
+
+def test_payback_weighs_seconds_and_reproducible_leaves_them_out():
+  case = dict(before=100, after=25, step_seconds=0.1, step_flops=None, steps=14)
+  pays = lambda **policy: training.Compaction(**policy).pays(
+    compile_seconds=1.0, **case
+  )
+  assert pays() and not pays(payback=2.0)
+  assert pays(payback=2.0, reproducible=True)
+  assert not pays(min_saving=0.8, reproducible=True)
+
+
+def test_programs_are_kept_on_disk(monkeypatch, tmp_path):
+  option = 'jax_compilation_cache_dir'
+  before = getattr(jax.config, option)
+  try:
+    jax.config.update(option, None)
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    training.use_compilation_cache()
+    folder = pathlib.Path(getattr(jax.config, option))
+    assert folder.is_relative_to(tmp_path / 'oialr_jax')
+    # What is set already stays.
+    training.use_compilation_cache(tmp_path / 'elsewhere')
+    assert getattr(jax.config, option) == str(folder)
+  finally:
+    jax.config.update(option, before)
+  run = """
+import sys
+import jax
+from oialr_jax import training
+training.use_compilation_cache(sys.argv[1])
+f = jax.jit(lambda x: jax.numpy.linalg.svd(jax.numpy.sin(x @ x @ x)))
+f.lower(jax.numpy.ones((64, 64))).compile()
+"""
+  names = lambda: {p.name for p in (tmp_path / 'kept').glob('*-cache')}
+  command = [sys.executable, '-c', run, str(tmp_path / 'kept')]
+  subprocess.run(command, check=True)
+  found = names()
+  assert found
+  subprocess.run(command, check=True)
+  assert names() == found
 
 
 def test_materialised_and_factored_training_agree():
@@ -256,6 +427,8 @@ def test_wrong_calls_say_what_is_wrong(options, message):
 def test_wrong_compactions():
   with pytest.raises(ValueError, match='min_saving=2'):
     training.Compaction(min_saving=2)
+  with pytest.raises(ValueError, match='payback=-1'):
+    training.Compaction(payback=-1)
   with pytest.raises(ValueError, match='multiple_of=0'):
     training.Compaction(multiple_of=0)
 
