@@ -33,7 +33,7 @@ def main(argv):
   config, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value)
   train, test = data.digits(seed=config.seed)
   task = classification.Task(
-    model=models.Mlp(),
+    model=models.Mlp(widths=(config.width,) * 3),
     train=train,
     test=test,
     batch_size=config.batch_size,

@@ -78,3 +78,29 @@ def test_missing_data_end_with_the_command_that_prepares_them(tmp_path):
   )
   assert done.returncode != 0
   assert 'download_and_prepare' in done.stderr
+
+
+def test_bench_step_compares_programs_and_draws(tmp_path):
+  done = run(
+    'bench_step',
+    '--model=mlp',
+    '--batch=512',
+    '--ranks=1.0,0.1',
+    '--rounds=2',
+    f'--workdir={tmp_path}',
+  )
+  assert 'vs dense' in done.stdout
+  result = json.loads((tmp_path / 'result.json').read_text())
+  assert result['flags']['batch'] == 512
+  dense, *rows = result['rows']
+  names = ['factors', 'multiplied out'] * 2
+  assert [row['program'] for row in rows] == names
+  full, _, low, rebuilt = rows
+  assert dense['vs dense'] == 1 and dense['trainable %'] == 100
+  assert low['Gflop vs dense'] < 0.4 < 1 < rebuilt['Gflop vs dense']
+  # Of the input of a layer, rank / width is kept; without factors all of it.
+  assert low['saved MB'] < 0.8 * dense['saved MB']
+  assert rebuilt['saved MB'] == pytest.approx(dense['saved MB'], rel=0.01)
+  assert full['state MB'] > low['state MB']
+  assert all(len(seconds) == 2 for seconds in result['seconds'])
+  assert (tmp_path / 'step_time.png').stat().st_size > 10_000

@@ -12,6 +12,7 @@ def get_config() -> ml_collections.ConfigDict:
   return ml_collections.ConfigDict(
     dict(
       seed=0,
+      width=512,  # of the three hidden layers
       steps=900,
       batch_size=128,
       eval_batch_size=450,

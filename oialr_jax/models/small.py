@@ -15,12 +15,12 @@ class Mlp(nn.Module):
 
   Attributes:
     widths: of the hidden layers.
-    classes: of the output.
+    num_classes: of the output.
     dtype: to compute in.
   """
 
   widths: Sequence[int] = (512, 512, 512)
-  classes: int = 10
+  num_classes: int = 10
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -30,7 +30,7 @@ class Mlp(nn.Module):
     x = x.reshape(x.shape[0], -1)
     for i, width in enumerate(self.widths):
       x = nn.relu(nn.Dense(width, dtype=self.dtype, name=f'dense_{i}')(x))
-    return nn.Dense(self.classes, dtype=self.dtype, name='head')(x)
+    return nn.Dense(self.num_classes, dtype=self.dtype, name='head')(x)
 
 
 class MnistCnn(nn.Module):
@@ -40,7 +40,7 @@ class MnistCnn(nn.Module):
     channels: of the convolutions, each `kernel` wide with stride 2.
     kernel: the convolutions' height and width.
     width: of the hidden dense layer.
-    classes: of the output.
+    num_classes: of the output.
     batch_norm: normalise after every layer but the last.
     dropout: rate after the hidden layer.
     dtype: to compute in.
@@ -49,7 +49,7 @@ class MnistCnn(nn.Module):
   channels: Sequence[int] = (32, 64)
   kernel: int = 5
   width: int = 256
-  classes: int = 10
+  num_classes: int = 10
   batch_norm: bool = False
   dropout: float = 0.5
   dtype: Any = jnp.float32
@@ -67,7 +67,7 @@ class MnistCnn(nn.Module):
     x = nn.Dense(self.width, dtype=self.dtype, name='hidden')(x)
     x = nn.relu(self._norm(x, 'norm_hidden', train))
     x = nn.Dropout(self.dropout, deterministic=not train)(x)
-    return nn.Dense(self.classes, dtype=self.dtype, name='head')(x)
+    return nn.Dense(self.num_classes, dtype=self.dtype, name='head')(x)
 
   def _norm(self, x: Array, name: str, train: bool) -> Array:
     if not self.batch_norm:
