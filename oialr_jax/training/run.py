@@ -42,7 +42,7 @@ class Result:
     records: the stream of records (see `callbacks`).
     seconds: by what the run waited for: 'training', 'compiling' (what was
       compiled beside the training is not in it), 'events', 'evaluating',
-      'tracking'.
+      'tracking' and 'other'; together, those of the wall clock.
     compilations: of the training step that were used.
     steps_per_second: since the step was last compiled.
   """
@@ -70,12 +70,12 @@ class _Switch:
   Attributes:
     decided: the step at which.
     ranks: of the low-rank leaves then.
-    state: the shapes.
+    programs: of the slicing and of the step, keys and how to lower them.
   """
 
   decided: int
   ranks: dict[str, int]
-  state: steps_lib.TrainState
+  programs: tuple[tuple[Hashable, programs_lib.Lower], ...]
 
 
 class Run:
@@ -100,6 +100,7 @@ class Run:
     callbacks,
     tracking,
   ):
+    self._clock = _Clock()
     self._data = data
     self._key = jax.random.key(seed)
     self._steps = steps
@@ -131,7 +132,6 @@ class Run:
     self._ranks: dict[str, int] = {}  # after the last event
     self._pending: list[tuple[int, Any]] = []
     self._records: list[Record] = []
-    self._clock = _Clock()
     self._compilations = 0
     self._since = 0, 0.0  # of this program: the step, and the training clock
     self._pace = 0.0  # seconds a step, of the program before
@@ -171,7 +171,7 @@ class Run:
       # The next batch is made while the device works on this one.
       self._next = self._fetch()
     if fresh:
-      self._foresee(step, self.state)
+      self._foresee(step)
     for callback in self._callbacks:
       callback.on_step(step + 1)
 
@@ -202,10 +202,11 @@ class Run:
       return self._pace
     return (self._clock.seconds['training'] - seconds) / (steps - step)
 
-  def _foresee(self, step: int, state):
-    """Starts compiling what the next event needs, from a state like this."""
+  def _foresee(self, step: int):
+    """Starts compiling what the next event and the step after it need."""
     if self._schedule is None or not self._compaction.background:
       return
+    state = self.state
     within = lambda event: step < event.step < self._steps
     event = next(filter(within, self._schedule.events()), None)
     plan = event and schedule_lib.foresee(
@@ -216,14 +217,15 @@ class Run:
     key, lower = self._to_event(plan, state)
     if self._programs.known(key):
       return
-    lowered = lower()
-    self._programs.prepare(key, lambda: lowered)
-    if plan.converting:
-      params, opt_state, *_ = _shapes(lowered.out_info)
-      converted = dataclasses.replace(
-        _shapes(state), params=params, opt_state=opt_state
-      )
-      self._programs.prepare(*self._to_step(converted))
+    with self._clock('compiling'):
+      lowered = lower()
+      self._programs.prepare(key, lambda: lowered)
+      if plan.converting:
+        params, opt_state, *_ = _shapes(lowered.out_info)
+        converted = dataclasses.replace(
+          _shapes(state), params=params, opt_state=opt_state
+        )
+        self._programs.prepare(*self._to_step(converted))
 
   def _to_event(self, plan, state) -> tuple[Hashable, programs_lib.Lower]:
     parts = state.params, state.opt_state
@@ -259,7 +261,7 @@ class Run:
     self._record_event(report, before)
     self._compact(event.step)
     if self._program is not None:
-      self._foresee(event.step, self.state)
+      self._foresee(event.step)
 
   def _record_event(self, report: schedule_lib.Report, before: dict[str, int]):
     numbers = lambda values: {k: float(v) for k, v in values.items()}
@@ -303,38 +305,32 @@ class Run:
     if program is None:
       self._slice(step, ranks)
       return
-    shapes = _shapes(self.state)
-    small = jax.eval_shape(functools.partial(_sliced, ranks), shapes)
-    self._switch = _Switch(step, ranks, small)
-    for key, lower in self._to_switch():
-      self._programs.prepare(key, lower)
+    with self._clock('compiling'):
+      small = jax.eval_shape(functools.partial(_sliced, ranks), self.state)
+      needs = self._to_slice(ranks), self._to_step(small)
+      self._switch = _Switch(step, ranks, needs)
+      for key, lower in needs:
+        self._programs.prepare(key, lower)
     if not policy.background:
       self._take_switch(step)
 
-  def _to_switch(self):
-    """Of the two programs that a switch needs, keys and how to lower them."""
-    return self._to_slice(self._switch.ranks), self._to_step(self._switch.state)
-
   def _to_slice(self, ranks) -> tuple[Hashable, programs_lib.Lower]:
-    state = _shapes(self.state)
+    key = 'slice', tuple(ranks.items()), programs_lib.shapes(self.state)
     slice_ = jax.jit(functools.partial(_sliced, ranks))
-    key = 'slice', tuple(ranks.items()), programs_lib.shapes(state)
-    return key, lambda: slice_.lower(state)
+    return key, functools.partial(slice_.lower, _shapes(self.state))
 
   def _ready_to_switch(self) -> bool:
     if self._switch is None or self._compaction.reproducible:
       return False
-    return self._programs.ready(*(key for key, _ in self._to_switch()))
+    return self._programs.ready(*(key for key, _ in self._switch.programs))
 
   def _take_switch(self, step: int):
-    switch = self._switch
+    switch, self._switch = self._switch, None
     with self._clock('compiling'):
-      for key, lower in self._to_switch():
-        self._programs.get(key, lower)
+      _, program = (self._programs.get(*need) for need in switch.programs)
     self._slice(step, switch.ranks, decided=switch.decided)
-    self._switch = None
-    self._use(step, self._step_program(self.state))
-    self._foresee(step, self.state)
+    self._use(step, program)
+    self._foresee(step)
 
   def _slice(self, step: int, ranks: dict[str, int], **details: Any):
     nodes = transforms.low_rank_leaves(self.state.params)
@@ -420,7 +416,7 @@ class Run:
     # The function is that of the sliced kernels, for which nothing is compiled.
     self.evaluate(steps)
     self._slice(steps, self._ranks)
-    seconds = dict(self._clock.seconds)
+    seconds = self._clock.total()
     counts = metrics_lib.count(self.state.params)
     self._record(
       'end',
@@ -474,6 +470,7 @@ class _Clock:
   """Seconds by what they were spent on."""
 
   def __init__(self):
+    self._start = time.perf_counter()
     self.seconds = {
       'training': 0.0,
       'compiling': 0.0,
@@ -489,3 +486,8 @@ class _Clock:
       yield
     finally:
       self.seconds[name] += time.perf_counter() - start
+
+  def total(self) -> dict[str, float]:
+    """Also 'other': what is left of the wall clock."""
+    wall = time.perf_counter() - self._start
+    return {**self.seconds, 'other': wall - sum(self.seconds.values())}
