@@ -179,7 +179,7 @@ def correlate(query: Array, key: Array) -> Array:
   """Circular correlation over time, averaged over the features.
 
   `out[b, lag] = mean_d sum_t query[b, t + lag, d] key[b, t, d]`, by FFTs
-  (equation 5 of the paper).
+  (section 3.2 of the paper).
 
   Args:
     query: `[batch, time, features]`.
@@ -199,7 +199,7 @@ def correlate(query: Array, key: Array) -> Array:
 
 @jax.custom_vjp
 def aggregate(values: Array, weights: Array, delays: Array) -> Array:
-  """A weighted sum of rolled series (equation 6 of the paper).
+  """A weighted sum of rolled series (section 3.2 of the paper).
 
   `out[b, t] = sum_i weights[b, i] values[b, (t + delays[b, i]) mod time]`.
 
@@ -215,8 +215,8 @@ def aggregate(values: Array, weights: Array, delays: Array) -> Array:
   return sum(terms).astype(values.dtype)
 
 
-# A derivative of its own, as JAX's of a gather is a scatter, which on a CPU
-# takes ten times as long as what it is here: rolling the other way.
+# A derivative of its own, for JAX's of a gather is a scatter, with which this
+# takes twice as long on a CPU as by rolling the other way.
 def _aggregate_fwd(values, weights, delays):
   return aggregate(values, weights, delays), (values, weights, delays)
 
