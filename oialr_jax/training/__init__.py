@@ -5,6 +5,7 @@ from oialr_jax.training.callbacks import Jsonl
 from oialr_jax.training.callbacks import Progress
 from oialr_jax.training.callbacks import TensorBoard
 from oialr_jax.training.compaction import Compaction
+from oialr_jax.training.interruptions import Interrupted
 from oialr_jax.training.loop import fit
 from oialr_jax.training.programs import use_compilation_cache
 from oialr_jax.training.run import Result

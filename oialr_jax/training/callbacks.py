@@ -32,11 +32,17 @@ class Callback:
 
 
 class Jsonl(Callback):
-  """Writes the records to a file, a JSON object a line."""
+  """Writes the records to a file, a JSON object a line.
 
-  def __init__(self, path: str | pathlib.Path):
-    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+  Of what the file holds already, the first `keep` lines stay.
+  """
+
+  def __init__(self, path: str | pathlib.Path, keep: int = 0):
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = path.read_text().splitlines(True)[:keep] if keep else []
     self._file = open(path, 'w', buffering=1)
+    self._file.writelines(kept)
 
   def on_record(self, record: Record):
     self._file.write(json.dumps(record) + '\n')
@@ -46,13 +52,19 @@ class Jsonl(Callback):
 
 
 class TensorBoard(Callback):
-  """Writes every number of the records as a TensorBoard scalar."""
+  """Writes every number of the records as a TensorBoard scalar.
 
-  def __init__(self, folder: str | pathlib.Path):
+  What the folder holds of a run that was interrupted after step `start` is
+  shown up to there.
+  """
+
+  def __init__(self, folder: str | pathlib.Path, start: int = 0):
     # Not clu.metric_writers: those import TensorFlow.
     import tensorboardX
 
-    self._writer = tensorboardX.SummaryWriter(str(folder))
+    self._writer = tensorboardX.SummaryWriter(
+      str(folder), purge_step=start + 1 if start else None
+    )
 
   def on_record(self, record: Record):
     for name, value in _numbers(record):
@@ -83,7 +95,7 @@ class Progress(Callback):
     )
 
   def on_step(self, step: int):
-    self._bar.update()
+    self._bar.update(step - self._bar.n)  # it may start in the middle
 
   def on_record(self, record: Record):
     if record['kind'] == 'train':

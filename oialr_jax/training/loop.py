@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 import contextlib
+import json
 import pathlib
 from typing import Any
 
@@ -13,7 +14,9 @@ from oialr_jax import optimizer as optimizer_lib
 from oialr_jax import schedule as schedule_lib
 from oialr_jax.training import callbacks as callbacks_lib
 from oialr_jax.training import compaction as compaction_lib
+from oialr_jax.training import interruptions
 from oialr_jax.training import programs
+from oialr_jax.training import recorder as recorder_lib
 from oialr_jax.training import run as run_lib
 from oialr_jax.training import steps as steps_lib
 
@@ -41,6 +44,10 @@ def fit(
   contraction: steps_lib.Contraction = 'auto',
   compilation_cache: bool = True,
   workdir: str | pathlib.Path | None = None,
+  checkpoint_every: int | None = None,
+  keep: checkpoint.Keep = checkpoint.Keep(),  # noqa: B008 (frozen)
+  resume: bool = False,
+  max_seconds: float | None = None,
   callbacks: Sequence[callbacks_lib.Callback] = (),
 ) -> run_lib.Result:
   """Trains a model, dense or by OIALR.
@@ -68,15 +75,29 @@ def fit(
     contraction: see `factored`; 'materialise' multiplies the kernels out.
     compilation_cache: keep compiled programs on disk for later runs, where
       `jax_compilation_cache_dir` is not set already.
-    workdir: for metrics.jsonl, TensorBoard events and the last checkpoint.
+    workdir: for metrics.jsonl, TensorBoard events and checkpoints.
+    checkpoint_every: steps between checkpoints; there is one at the end anyway,
+      and one when the run is told to stop.
+    keep: which checkpoints stay.
+    resume: go on from the newest intact checkpoint of workdir, if there is one.
+      Data that have `set_state` continue where they were, of others the batches
+      of the steps that are done are read again. The same arguments give the
+      same run as without the interruption, bit for bit on a CPU if compaction
+      is reproducible.
+    max_seconds: stop after so many, by the wall clock.
     callbacks: further listeners.
 
   Returns:
     A `Result`; the parameters in it are compacted.
 
   Raises:
-    ValueError: an argument is out of range, data ends early, the loss is not
-      finite (with the step).
+    ValueError: an argument is out of range, data ends early, the checkpoint is
+      of another run (says what differs), no checkpoint is intact.
+    FloatingPointError: the loss is not finite (with the step).
+    OSError: a checkpoint cannot be written, as on a full disk; those that are
+      there are as they were.
+    Interrupted: SIGTERM, preemption or max_seconds ended the run, which has
+      saved; a `SystemExit`, so that a program ends with it.
   """
   if steps < 1:
     raise ValueError(f'steps={steps}: must be at least 1.')
@@ -91,13 +112,10 @@ def fit(
     )
   if compilation_cache:
     programs.use_compilation_cache()
-  if workdir is not None:
-    callbacks = [
-      *callbacks,
-      callbacks_lib.Jsonl(pathlib.Path(workdir) / 'metrics.jsonl'),
-      callbacks_lib.TensorBoard(pathlib.Path(workdir) / 'tensorboard'),
-    ]
+  if workdir is None and (checkpoint_every or resume):
+    raise ValueError('checkpoint_every and resume want a workdir: pass one.')
   stop = stop_at or steps
+  recorder = recorder_lib.Recorder()
   run = run_lib.Run(
     loss_fn,
     params,
@@ -112,28 +130,81 @@ def fit(
     compaction=compaction,
     contraction=contraction,
     seed=seed,
-    callbacks=callbacks,
+    recorder=recorder,
     tracking=track_every is not None,
   )
   with contextlib.ExitStack() as stack:
     stack.callback(run.close)
+    stack.enter_context(recorder)
+    saved, start = None, 0
+    if workdir is not None:
+      workdir = pathlib.Path(workdir)
+      saved = checkpoint.Checkpoints(workdir / 'checkpoints', keep)
+      stack.enter_context(saved)
+      start = _resume(run, recorder, saved, workdir) if resume else 0
+      if not start:
+        saved.clear()
+    if start >= stop:
+      return run.result()
+    if workdir is not None:
+      file = workdir / 'metrics.jsonl'
+      recorder.add(callbacks_lib.Jsonl(file, keep=len(recorder.records)))
+      recorder.add(callbacks_lib.TensorBoard(workdir / 'tensorboard', start))
     for callback in callbacks:
-      stack.callback(callback.close)
-      callback.on_start(stop)
-    for step in range(stop):
+      recorder.add(callback)
+    recorder.start(stop)
+    watch = interruptions.Watch(max_seconds)
+    stack.enter_context(watch.signals())
+    for step in range(start, stop):
       event = schedule.event(step) if schedule is not None else None
       if event is not None:
         run.event(event)
       if track_every and step % track_every == 0:
         run.track(step)
       run.step(step)
-      if (step + 1) % log_every == 0 or step + 1 == stop:
-        run.log()
-      if eval_every and (step + 1) % eval_every == 0 and step + 1 < stop:
-        run.evaluate(step + 1)
+      done = step + 1
+      if done % log_every == 0 or done == stop:
+        recorder.log()
+      if eval_every and done % eval_every == 0 and done < stop:
+        run.evaluate(done)
+      reason = watch.reason(done) if done < stop else ''
+      due = checkpoint_every and done % checkpoint_every == 0 and done < stop
+      if saved is not None and (reason or due):
+        _save(run, recorder, saved, done)
+      if reason:
+        raise interruptions.Interrupted(reason, done)
     if track_every:
       run.track(stop)
-    result = run.finish(stop)
-  if workdir is not None:
-    checkpoint.save(pathlib.Path(workdir) / 'checkpoint', result.state)
-  return result
+    run.finish(stop)
+    if saved is not None:
+      _save(run, recorder, saved, stop)
+    return run.result()
+
+
+def _save(
+  run: run_lib.Run,
+  recorder: recorder_lib.Recorder,
+  saved: checkpoint.Checkpoints,
+  step: int,
+):
+  arrays, manifest = run.snapshot()
+  evaluations = [r for r in recorder.records if r['kind'] == 'eval']
+  with recorder.clock('saving'):
+    saved.save(step, arrays, manifest, evaluations[-1] if evaluations else None)
+
+
+def _resume(
+  run: run_lib.Run,
+  recorder: recorder_lib.Recorder,
+  saved: checkpoint.Checkpoints,
+  workdir: pathlib.Path,
+) -> int:
+  """Goes on from the newest intact checkpoint; returns its step, 0 for none."""
+  found = saved.restore(run.like)
+  if found is None:
+    return 0
+  step, arrays, manifest = found
+  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
+  recorder.records += map(json.loads, lines[: manifest['records']])
+  run.resume(step, arrays, manifest)
+  return step

@@ -7,28 +7,29 @@ that are done.
 """
 
 from collections.abc import Hashable, Iterator
-import contextlib
 import dataclasses
 import functools
-import time
+import json
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from oialr_jax import checkpoint
 from oialr_jax import layers as layers_lib
 from oialr_jax import metrics as metrics_lib
 from oialr_jax import optimizer as optimizer_lib
 from oialr_jax import schedule as schedule_lib
 from oialr_jax import transforms
-from oialr_jax.training import callbacks as callbacks_lib
+from oialr_jax import tree
 from oialr_jax.training import compaction as compaction_lib
 from oialr_jax.training import programs as programs_lib
+from oialr_jax.training import recorder as recorder_lib
 from oialr_jax.training import steps as steps_lib
 
 PyTree = Any
-Record = callbacks_lib.Record
+Record = recorder_lib.Record
 Layers = tuple[layers_lib.Layer, ...]
 
 
@@ -97,16 +98,16 @@ class Run:
     compaction,
     contraction,
     seed,
-    callbacks,
+    recorder,
     tracking,
   ):
-    self._clock = _Clock()
+    self._recorder = recorder
     self._data = data
+    self._position = None  # of the data, before the batch that is next
     self._key = jax.random.key(seed)
     self._steps = steps
     self._schedule = schedule
     self._compaction = compaction
-    self._callbacks = callbacks
     self._eval_data = eval_data
     self._next = self._fetch()
     if self._next is None:
@@ -115,6 +116,9 @@ class Run:
     step = steps_lib.train_step(loss_fn, optimizer, contraction)
     self._step = jax.jit(step, donate_argnums=0)
     self._eval = eval_fn and jax.jit(steps_lib.eval_step(eval_fn, contraction))
+    self._optimizer = optimizer
+    self._seed = seed
+    self._dense = _shapes(params)
     self._layers: Layers = ()
     if schedule is not None or tracking:
       self._layers = self._choose(loss_fn, params, model_state, layers)
@@ -130,11 +134,10 @@ class Run:
     self._switch: _Switch | None = None
     self._bases, self._tracked = None, None
     self._ranks: dict[str, int] = {}  # after the last event
-    self._pending: list[tuple[int, Any]] = []
-    self._records: list[Record] = []
     self._compilations = 0
     self._since = 0, 0.0  # of this program: the step, and the training clock
-    self._pace = 0.0  # seconds a step, of the program before
+    # Of the program before: seconds a step, and seconds to compile it.
+    self._pace, self._compile_seconds = 0.0, 0.0
 
   def close(self):
     """Ends what is still being compiled."""
@@ -165,23 +168,23 @@ class Run:
     fresh = self._program is None
     if fresh:
       self._use(step, self._step_program(self.state))
-    with self._clock('training'):
+    with self._recorder.clock('training'):
       self.state, metrics = self._program(self.state, batch, self._key)
-      self._pending.append((step + 1, metrics))
       # The next batch is made while the device works on this one.
       self._next = self._fetch()
     if fresh:
       self._foresee(step)
-    for callback in self._callbacks:
-      callback.on_step(step + 1)
+    self._recorder.step(step + 1, metrics)
 
   def _fetch(self):
+    if hasattr(self._data, 'get_state'):
+      self._position = self._data.get_state()
     return next(self._data, None)
 
   # Programs.
 
   def _step_program(self, state) -> programs_lib.Program:
-    with self._clock('compiling'):
+    with self._recorder.clock('compiling'):
       return self._programs.get(*self._to_step(state))
 
   def _to_step(self, state) -> tuple[Hashable, programs_lib.Lower]:
@@ -191,16 +194,17 @@ class Run:
 
   def _use(self, step: int, program: programs_lib.Program):
     self._pace = self._step_seconds(step)
+    self._compile_seconds = program.seconds
     self._program = program
     self._compilations += 1
-    self._since = step, self._clock.seconds['training']
+    self._since = step, self._recorder.clock.seconds['training']
 
   def _step_seconds(self, steps: int) -> float:
     """Of a step with this program, or the one before where it has not run."""
     step, seconds = self._since
     if steps == step:
       return self._pace
-    return (self._clock.seconds['training'] - seconds) / (steps - step)
+    return (self._recorder.clock.seconds['training'] - seconds) / (steps - step)
 
   def _foresee(self, step: int):
     """Starts compiling what the next event and the step after it need."""
@@ -217,7 +221,7 @@ class Run:
     key, lower = self._to_event(plan, state)
     if self._programs.known(key):
       return
-    with self._clock('compiling'):
+    with self._recorder.clock('compiling'):
       lowered = lower()
       self._programs.prepare(key, lambda: lowered)
       if plan.converting:
@@ -240,9 +244,9 @@ class Run:
       self._take_switch(event.step)
     before, old = self._ranks, self.state
     plan = schedule_lib.foresee(event, old.params, self._layers, self._schedule)
-    with self._clock('compiling'):
+    with self._recorder.clock('compiling'):
       program = plan and self._programs.get(*self._to_event(plan, old))
-    with self._clock('events'):
+    with self._recorder.clock('events'):
       params, opt_state, report = schedule_lib.apply_event(
         event,
         old.params,
@@ -259,13 +263,13 @@ class Run:
     if report.converted:
       self._program = self._switch = None
     self._record_event(report, before)
-    self._compact(event.step)
+    self._compact(event.step, anew=bool(report.converted))
     if self._program is not None:
       self._foresee(event.step)
 
   def _record_event(self, report: schedule_lib.Report, before: dict[str, int]):
     numbers = lambda values: {k: float(v) for k, v in values.items()}
-    self._record(
+    self._recorder.record(
       'event',
       report.event.step,
       event=report.event.kind,
@@ -283,36 +287,40 @@ class Run:
 
   # Compaction.
 
-  def _compact(self, step: int):
-    """Has what was pruned sliced away, where the policy finds it worth it."""
+  def _compact(self, step: int, anew: bool):
+    """Has what was pruned sliced away, where the policy finds it worth it.
+
+    With `anew`, the step has to be compiled anyway.
+    """
     if self._switch is not None:
       return
     params, policy = self.state.params, self._compaction
     ranks = transforms.rounded_up(params, self._ranks, policy.multiple_of)
     work = lambda r: compaction_lib.multiply_adds(params, self._layers, r)
-    program = self._program
     pays = policy.pays(
       work({}),
       work(ranks),
       steps=self._steps - step,
-      # Without a program, one has to be compiled anyway.
-      step_seconds=self._step_seconds(step) if program else 1.0,
-      step_flops=program and program.flops,
-      compile_seconds=program.seconds if program else 0.0,
+      step_seconds=1.0 if anew else self._step_seconds(step),
+      step_flops=self._program and self._program.flops,
+      compile_seconds=0.0 if anew else self._compile_seconds,
     )
     if not pays:
       return
-    if program is None:
+    if anew:
       self._slice(step, ranks)
       return
-    with self._clock('compiling'):
+    self._prepare_switch(step, ranks)
+    if not policy.background:
+      self._take_switch(step)
+
+  def _prepare_switch(self, step: int, ranks: dict[str, int]):
+    with self._recorder.clock('compiling'):
       small = jax.eval_shape(functools.partial(_sliced, ranks), self.state)
       needs = self._to_slice(ranks), self._to_step(small)
       self._switch = _Switch(step, ranks, needs)
       for key, lower in needs:
         self._programs.prepare(key, lower)
-    if not policy.background:
-      self._take_switch(step)
 
   def _to_slice(self, ranks) -> tuple[Hashable, programs_lib.Lower]:
     key = 'slice', tuple(ranks.items()), programs_lib.shapes(self.state)
@@ -326,7 +334,7 @@ class Run:
 
   def _take_switch(self, step: int):
     switch, self._switch = self._switch, None
-    with self._clock('compiling'):
+    with self._recorder.clock('compiling'):
       _, program = (self._programs.get(*need) for need in switch.programs)
     self._slice(step, switch.ranks, decided=switch.decided)
     self._use(step, program)
@@ -338,19 +346,19 @@ class Run:
       return
     self._settle()
     before = metrics_lib.count(self.state.params).stored
-    with self._clock('compiling'):
+    with self._recorder.clock('compiling'):
       program = self._programs.get(*self._to_slice(ranks))
-    with self._clock('events'):
+    with self._recorder.clock('events'):
       self.state = program(self.state)
     counts = metrics_lib.count(self.state.params)
-    self._record(
+    self._recorder.record(
       'compaction', step, stored_before=before, **details, **counts._asdict()
     )
 
   def track(self, step: int):
     """Measures how far the bases have turned since the last measurement."""
     self._settle()
-    with self._clock('tracking'):
+    with self._recorder.clock('tracking'):
       params = self.state.params
       bases = metrics_lib.basis(params, self._layers)
       mixing = metrics_lib.mixing(params, self._layers)
@@ -358,32 +366,13 @@ class Run:
         old_bases, old_mixing = self._tracked
         turned = metrics_lib.stability(old_bases, bases)
         moved = metrics_lib.r_distance(old_mixing, mixing)
-        self._record(
+        self._recorder.record(
           'stability',
           step,
           stability={k: float(v) for k, v in turned.items()},
           r_distance={k: float(v) for k, v in moved.items()},
         )
       self._tracked = bases, mixing
-
-  def log(self, settled: bool = False):
-    """Reads the metrics of the steps that are done: all but the last one."""
-    done = self._pending if settled else self._pending[:-1]
-    self._pending = self._pending[len(done) :]
-    with self._clock('training'):
-      read = jax.device_get(done)
-    if not read:
-      return
-    for at, metrics in read:
-      if not np.isfinite(metrics['loss']):
-        raise ValueError(
-          f'the loss is {metrics["loss"]} at step {at}: training diverged. '
-          'Lower the learning rate or clip the gradients.'
-        )
-    names = read[0][1]
-    means = {k: float(np.mean([m[k] for _, m in read])) for k in names}
-    losses = [float(m['loss']) for _, m in read]
-    self._record('train', read[-1][0], **means, losses=losses)
 
   def evaluate(self, step: int):
     if self._eval is None:
@@ -392,57 +381,147 @@ class Run:
     sums, count = {}, 0
     for batch in self._eval_data():
       args = self.state.params, self.state.model_state, batch
-      with self._clock('compiling'):
+      with self._recorder.clock('compiling'):
         program = self._programs.get(
           ('eval', programs_lib.shapes(args)),
           functools.partial(self._eval.lower, *args),
         )
-      with self._clock('evaluating'):
+      with self._recorder.clock('evaluating'):
         more, n = jax.device_get(program(*args))
       sums = {k: sums.get(k, 0) + float(v) for k, v in more.items()}
       count += int(n)
     means = {k: v / count for k, v in sums.items()}
-    self._record('eval', step, **means, examples=count)
+    self._recorder.record('eval', step, **means, examples=count)
+
+  # Checkpoints.
+
+  def snapshot(self) -> tuple[PyTree, checkpoint.Manifest]:
+    """All that `resume` needs: arrays, and a manifest."""
+    self._settle()
+    self._recorder.log(settled=True)
+    bases = self._bases or {}
+    switch = self._switch and [self._switch.decided, self._switch.ranks]
+    nodes = transforms.low_rank_leaves(self.state.params)
+    return {'state': self.state, 'bases': list(bases.values())}, {
+      'run': self._identity(),
+      'ranks': {path: node.rank for path, node in nodes.items()},
+      'live_ranks': self._ranks,
+      'switch': switch,
+      'bases': list(bases),
+      'data': self._position,
+      'records': len(self._recorder.records),
+      'seconds': self._recorder.clock.total(),
+      'compilations': self._compilations,
+      'pace': self._step_seconds(int(self.state.step)),
+      'compile_seconds': self._compile_seconds,
+    }
+
+  def _identity(self) -> dict[str, Any]:
+    """What has to be the same where a run is resumed."""
+    leaves = tree.flatten(self._dense)
+    return {
+      'parameters': {p: f'{x.dtype}{list(x.shape)}' for p, x in leaves.items()},
+      'layers': {x.path: [*x.matrix, x.stack] for x in self._layers},
+      'schedule': dataclasses.asdict(self._schedule) if self._schedule else {},
+      'seed': {'seed': self._seed},
+    }
+
+  def like(self, manifest: checkpoint.Manifest) -> PyTree:
+    """Shapes of the arrays of a snapshot.
+
+    Raises:
+      ValueError: it is of another run; says what differs.
+    """
+    # As JSON has it: tuples are lists there.
+    mine = json.loads(json.dumps(self._identity()))
+    for what, values in mine.items():
+      theirs = manifest['run'][what]
+      differing = [
+        f'{k!r}: {theirs.get(k)} there, {values.get(k)} here'
+        for k in {**values, **theirs}
+        if theirs.get(k) != values.get(k)
+      ]
+      if differing:
+        raise ValueError(
+          f'the checkpoint is of another run, its {what} differ: '
+          + '; '.join(differing[:5])
+          + ('; ...' if len(differing) > 5 else '')
+        )
+    ranks = manifest['ranks']
+    layers = {x.path: x for x in self._layers}
+    convert = lambda p: transforms.to_lowrank(
+      p, [layers[path] for path in ranks], rank=ranks
+    )
+    params = jax.eval_shape(convert, self._dense) if ranks else self._dense
+    state = steps_lib.TrainState(
+      self.state.step,
+      params,
+      jax.eval_shape(self._optimizer.init, params),
+      self.state.model_state,
+    )
+    measured = [layers[path] for path in manifest['bases']]
+    bases = jax.eval_shape(lambda p: metrics_lib.basis(p, measured), params)
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
+      {'state': _shapes(state), 'bases': list(bases.values())},
+    )
+
+  def resume(self, step: int, arrays: PyTree, manifest: checkpoint.Manifest):
+    """Goes on from a snapshot."""
+    self.state = arrays['state']
+    self._bases = dict(zip(manifest['bases'], arrays['bases'], strict=True))
+    self._ranks = manifest['live_ranks']
+    self._compilations = manifest['compilations']
+    self._pace = manifest['pace']
+    self._compile_seconds = manifest['compile_seconds']
+    self._recorder.clock.add(manifest['seconds'])
+    self._since = step, self._recorder.clock.seconds['training']
+    if manifest['switch']:
+      self._prepare_switch(*manifest['switch'])
+    if hasattr(self._data, 'set_state'):
+      self._data.set_state(manifest['data'])
+      self._next = self._fetch()
+    else:
+      for _ in range(step):  # there is nothing but to read them again
+        self._next = self._fetch()
 
   def _settle(self):
     """Waits for the steps under way, on the training clock."""
-    with self._clock('training'):
+    with self._recorder.clock('training'):
       jax.block_until_ready(self.state)
 
-  def finish(self, steps: int) -> Result:
+  def finish(self, step: int):
+    """Evaluates, slices what is pruned, and writes the last record."""
     self._settle()
-    self.log(settled=True)
-    rate = 1 / self._step_seconds(steps)
+    self._recorder.log(settled=True)
+    rate = 1 / self._step_seconds(step)
     # The function is that of the sliced kernels, for which nothing is compiled.
-    self.evaluate(steps)
-    self._slice(steps, self._ranks)
-    seconds = self._clock.total()
-    counts = metrics_lib.count(self.state.params)
-    self._record(
+    self.evaluate(step)
+    self._slice(step, self._ranks)
+    self._recorder.record(
       'end',
-      steps,
-      seconds=seconds,
+      step,
+      seconds=self._recorder.clock.total(),
       compilations=self._compilations,
       steps_per_second=rate,
       optimizer_bytes=sum(
         x.nbytes for x in jax.tree.leaves(self.state.opt_state)
       ),
-      **counts._asdict(),
+      **metrics_lib.count(self.state.params)._asdict(),
     )
+
+  def result(self) -> Result:
+    """Of a run that is at its end."""
+    end = self._recorder.records[-1]
     return Result(
       state=self.state,
       layers=self._layers,
-      records=tuple(self._records),
-      seconds=seconds,
-      compilations=self._compilations,
-      steps_per_second=rate,
+      records=tuple(self._recorder.records),
+      seconds=end['seconds'],
+      compilations=end['compilations'],
+      steps_per_second=end['steps_per_second'],
     )
-
-  def _record(self, kind: str, step: int, **values: Any):
-    record = {'kind': kind, 'step': step, **values}
-    self._records.append(record)
-    for callback in self._callbacks:
-      callback.on_record(record)
 
 
 def _sliced(
@@ -461,33 +540,6 @@ def _sliced(
   return dataclasses.replace(state, params=params, opt_state=opt_state)
 
 
-def _shapes(tree: PyTree) -> PyTree:
+def _shapes(arrays: PyTree) -> PyTree:
   """Shapes and dtypes, as JAX sees the leaves: without values."""
-  return jax.eval_shape(lambda x: x, tree)
-
-
-class _Clock:
-  """Seconds by what they were spent on."""
-
-  def __init__(self):
-    self._start = time.perf_counter()
-    self.seconds = {
-      'training': 0.0,
-      'compiling': 0.0,
-      'events': 0.0,
-      'evaluating': 0.0,
-      'tracking': 0.0,
-    }
-
-  @contextlib.contextmanager
-  def __call__(self, name: str):
-    start = time.perf_counter()
-    try:
-      yield
-    finally:
-      self.seconds[name] += time.perf_counter() - start
-
-  def total(self) -> dict[str, float]:
-    """Also 'other': what is left of the wall clock."""
-    wall = time.perf_counter() - self._start
-    return {**self.seconds, 'other': wall - sum(self.seconds.values())}
+  return jax.eval_shape(lambda x: x, arrays)

@@ -1,0 +1,180 @@
+"""Runs that are interrupted at any moment end as if they had not been."""
+
+import json
+import os
+import signal
+import threading
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+import oialr_jax as oialr
+from oialr_jax import checkpoint
+from oialr_jax import data
+from oialr_jax import training
+from tests import training_test
+
+STEPS = training_test.STEPS
+# Events are at 9, 16 and 23; what is decided at 16 is sliced at 23.
+POLICY = training.Compaction(
+  min_saving=0, multiple_of=1, payback=0, reproducible=True
+)
+
+
+class Stop(training.Callback):
+  """Fails after a step, as a machine does."""
+
+  def __init__(self, step):
+    self.step = step
+
+  def on_step(self, step):
+    if step == self.step:
+      raise KeyboardInterrupt
+
+
+def batches():
+  """Of 14 a epoch: the test stops in the middle of one."""
+  rng = np.random.default_rng(0)
+  inputs = rng.normal(size=(70, 12)).astype(np.float32)
+  labels = np.argmax(inputs[:, :3], axis=1)
+
+  def start_at(step):
+    while True:
+      epoch, i = divmod(step, 14)
+      order = np.random.default_rng([1, epoch]).permutation(70)
+      index = order[5 * i : 5 * i + 5]
+      yield {'x': inputs[index], 'y': labels[index]}
+      step += 1
+
+  return data.Batches(start_at)
+
+
+def fit(workdir=None, **options):
+  defaults = dict(
+    net=training_test.Net(norm=True),
+    compaction=POLICY,
+    data=batches(),
+    optimizer=optax.adamw(1e-2),
+    workdir=workdir,
+    eval_every=10,
+  )
+  return training_test.fit(**(defaults | options))
+
+
+@pytest.fixture(scope='module')
+def whole():
+  return fit()
+
+
+def assert_same(result, other):
+  jax.tree.map(np.testing.assert_array_equal, result.state, other.state)
+  assert oialr.ranks(result.params) == oialr.ranks(other.params)
+  losses = lambda run: np.concatenate(
+    [r['losses'] for r in run.select('train')]
+  )
+  np.testing.assert_array_equal(losses(result), losses(other))
+  kinds = lambda run: [
+    (r['kind'], r['step']) for r in run.records if r['kind'] != 'train'
+  ]
+  assert kinds(result) == kinds(other)
+
+
+# Before, at and after the transition, an update, and a switch.
+@pytest.mark.parametrize('stop', [3, 9, 10, 16, 17, 23, 24, 29])
+def test_a_resumed_run_is_the_same_run(whole, tmp_path, stop):
+  with pytest.raises(KeyboardInterrupt):
+    fit(tmp_path, checkpoint_every=1, callbacks=[Stop(stop)])
+  result = fit(tmp_path, checkpoint_every=1, resume=True)
+  assert_same(result, whole)
+  lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
+  assert [json.loads(x)['kind'] for x in lines] == [
+    r['kind'] for r in result.records
+  ]
+
+
+def test_data_that_cannot_be_set_are_read_again(whole, tmp_path):
+  with pytest.raises(KeyboardInterrupt):
+    fit(tmp_path, checkpoint_every=5, callbacks=[Stop(18)])
+  anew = map(lambda batch: batch, batches())
+  result = fit(tmp_path, data=anew, resume=True)
+  assert_same(result, whole)
+
+
+def test_a_finished_run_is_not_trained_again(whole, tmp_path):
+  fit(tmp_path)
+  steps = []
+
+  class Spy(training.Callback):
+    def on_step(self, step):
+      steps.append(step)
+
+  assert_same(fit(tmp_path, resume=True, callbacks=[Spy()]), whole)
+  assert not steps
+
+
+def test_resuming_nothing_is_starting(whole, tmp_path):
+  assert_same(fit(tmp_path, resume=True), whole)
+
+
+def test_starting_anew_leaves_nothing_of_an_earlier_run(tmp_path, whole):
+  fit(tmp_path, seed=3, checkpoint_every=7)
+  assert_same(fit(tmp_path), whole)
+  with checkpoint.Checkpoints(tmp_path / 'checkpoints') as saved:
+    assert saved.steps() == [STEPS]
+
+
+def test_sigterm_saves_and_stops(whole, tmp_path):
+  class Terminate(training.Callback):
+    def on_step(self, step):
+      if step == 12:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+  before = signal.getsignal(signal.SIGTERM)
+  with pytest.raises(training.Interrupted, match='SIGTERM') as stopped:
+    fit(tmp_path, callbacks=[Terminate()])
+  assert stopped.value.step == 12 and stopped.value.code == 0
+  assert signal.getsignal(signal.SIGTERM) is before
+  assert_same(fit(tmp_path, resume=True), whole)
+
+
+def test_a_limit_of_seconds_saves_and_stops(whole, tmp_path):
+  with pytest.raises(training.Interrupted, match='max_seconds=0') as stopped:
+    fit(tmp_path, max_seconds=0)
+  assert stopped.value.step == 1
+  assert_same(fit(tmp_path, resume=True), whole)
+
+
+def test_where_there_are_no_signals_runs_run(whole):
+  results = []
+  thread = threading.Thread(target=lambda: results.append(fit()))
+  thread.start()
+  thread.join()
+  assert_same(results[0], whole)
+
+
+@pytest.mark.parametrize(
+  'changes, message',
+  [
+    ({'seed': 1}, "its seed differ: 'seed': 0 there, 1 here"),
+    ({'net': training_test.Net()}, "parameters differ: 'norm/bias': float32"),
+    ({'schedule': None}, 'its layers differ'),
+    (
+      {'schedule': oialr.Schedule(steps=STEPS, delay=8, every=7)},
+      "schedule differ: 'delay': 9 there, 8 here; 'cutoff': 0.4 there, 0.1",
+    ),
+  ],
+)
+def test_another_run_is_refused(tmp_path, changes, message):
+  with pytest.raises(KeyboardInterrupt):
+    fit(tmp_path, checkpoint_every=1, callbacks=[Stop(2)])
+  with pytest.raises(ValueError, match=message):
+    fit(tmp_path, resume=True, **changes)
+
+
+def test_checkpoints_want_a_folder():
+  with pytest.raises(ValueError, match='want a workdir'):
+    fit(checkpoint_every=3)
+  with pytest.raises(ValueError, match='want a workdir'):
+    fit(resume=True)
