@@ -5,13 +5,16 @@ shapes are decomposed in one batched call, which is what an accelerator needs.
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from oialr_jax import lowrank
+from oialr_jax import tree
 
 Array = jax.Array
+PyTree = Any
 
 
 def svd(w: Array) -> tuple[Array, Array, Array]:
@@ -109,13 +112,26 @@ def by_shape(
   for path, arrays in operands.items():
     key = tuple((a.shape[1:], str(a.dtype)) for a in arrays)
     groups.setdefault(key, []).append(path)
-  results = {}
+  results, out = {}, None
   for paths in groups.values():
     joined = [jnp.concatenate(xs) for xs in zip(*(operands[p] for p in paths))]
-    out = f(*joined)
+    out = f(*(joined if out is None else after(out, joined)))
     start = 0
     for path in paths:
       stop = start + operands[path][0].shape[0]
       results[path] = tuple(x[start:stop] for x in out)
       start = stop
   return {path: results[path] for path in operands}
+
+
+def after(done: PyTree, arrays: PyTree) -> PyTree:
+  """The arrays, in a program not to be had before all of `done` is.
+
+  Two SVDs that XLA's CPU runtime runs at once can wait for each other for ever:
+  each holds threads of the pool, and wants those of the other. Neither
+  `optimization_barrier` nor flags keep it from doing so.
+  """
+  if tree.is_concrete((done, arrays)):
+    return arrays
+  never = sum(map(jnp.count_nonzero, jax.tree.leaves(done))) < 0
+  return jax.tree.map(lambda x: jnp.where(never, 0, x), arrays)

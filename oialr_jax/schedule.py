@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from oialr_jax import layers as layers_lib
+from oialr_jax import linalg
 from oialr_jax import lowrank
 from oialr_jax import metrics
 from oialr_jax import optimizer
@@ -266,12 +267,7 @@ def apply_event(
   Raises:
     ValueError: layers do not fit params; a kernel is not finite; an SVD fails.
   """
-  layers = tuple(layers)
-  if not layers:
-    raise ValueError('layers is empty: no layer is there for the event.')
-  leaves = tree.flatten(params, lowrank.is_factored)
-  tree.check_known([layer.path for layer in layers], leaves, 'parameter')
-  dense = [x for x in layers if not lowrank.is_low_rank(leaves[x.path])]
+  layers, leaves, dense = _looked_up(params, layers)
   stability, measured = {}, {}
   converting = dense
   if schedule.stability is not None and dense:
@@ -320,10 +316,11 @@ def foresee(
 
   Returns:
     The plan, or None where stability decides.
+
+  Raises:
+    ValueError: layers do not fit params.
   """
-  layers = tuple(layers)
-  leaves = tree.flatten(params, lowrank.is_factored)
-  dense = [x for x in layers if not lowrank.is_low_rank(leaves[x.path])]
+  layers, leaves, dense = _looked_up(params, layers)
   if dense and not event.last_transition:
     return None
   return Plan.of(event, layers, leaves, dense, schedule)
@@ -394,6 +391,17 @@ class Plan:
     return _jitted().lower(self, params, opt_state)
 
 
+def _looked_up(params: PyTree, layers: Layers):
+  """The layers, the leaves by path, and the layers that are still dense."""
+  layers = tuple(layers)
+  if not layers:
+    raise ValueError('layers is empty: no layer is there for the event.')
+  leaves = tree.flatten(params, lowrank.is_factored)
+  tree.check_known([layer.path for layer in layers], leaves, 'parameter')
+  dense = [x for x in layers if not lowrank.is_low_rank(leaves[x.path])]
+  return layers, leaves, dense
+
+
 def _do(plan: Plan, params: PyTree, opt_state: PyTree):
   """Converts, aligns and prunes; the optimiser's state follows at once."""
   new, spectra = params, {}
@@ -406,6 +414,10 @@ def _do(plan: Plan, params: PyTree, opt_state: PyTree):
     if plan.rank is not None:
       new = transforms.to_lowrank(params, plan.converting, rank=_fit(plan))
   if plan.updated:
+    if plan.converting:
+      nodes = transforms.low_rank_leaves(new)
+      waiting = {p: nodes[p] for p in plan.updated}
+      new = transforms.replaced(new, linalg.after(spectra, waiting))
     new = transforms.update_basis(new, paths=plan.updated)
     spectra |= _spectra(new, plan.updated)
   nodes = transforms.low_rank_leaves(new)

@@ -161,3 +161,48 @@ def test_by_shape_calls_once_for_equal_shapes_and_types():
 
 def test_by_shape_of_nothing_is_nothing():
   assert linalg.by_shape(linalg.svd, {}) == {}
+
+
+def _svds_that_wait_for_none(fn, *args):
+  """SVDs of a program that depend on no other SVD of it."""
+  found = []
+  jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
+
+  def walk(jaxpr, arguments):
+    of = dict(zip(jaxpr.invars, arguments))
+    depends = lambda v: not hasattr(v, 'val') and of.get(v, False)
+    for eqn in jaxpr.eqns:
+      late = any(map(depends, eqn.invars))
+      inner = eqn.params.get('jaxpr')
+      if eqn.primitive.name == 'svd':
+        found.append(late)
+        late = True
+      elif inner is not None:
+        inner = getattr(inner, 'jaxpr', inner)
+        results = walk(inner, [depends(v) for v in eqn.invars])
+        of.update(zip(eqn.outvars, results))
+        continue
+      of.update((v, late) for v in eqn.outvars)
+    return [depends(v) for v in jaxpr.outvars]
+
+  walk(jaxpr, [False] * len(jaxpr.invars))
+  return found.count(False)
+
+
+def test_svds_of_one_program_are_one_after_the_other():
+  """XLA's CPU runtime can deadlock where two of them run at once."""
+  kernels = {str(n): (jnp.ones((2, n, 3)),) for n in range(3, 9)}
+  both = lambda f: lambda kernels: {k: f(x)[1] for k, (x,) in kernels.items()}
+  assert _svds_that_wait_for_none(both(linalg.svd), kernels) == 6
+  chained = lambda kernels: linalg.by_shape(linalg.svd, kernels)
+  assert _svds_that_wait_for_none(chained, kernels) == 1
+
+
+def test_waiting_changes_nothing():
+  rng = np.random.default_rng(0)
+  draw = lambda n: (jnp.asarray(rng.normal(size=(2, n, 3)), jnp.float32),)
+  kernels = {str(n): draw(n) for n in (3, 4, 7)}
+  for path, (x,) in kernels.items():
+    expected = jax.jit(linalg.svd)(x)
+    found = jax.jit(lambda k: linalg.by_shape(linalg.svd, k))(kernels)[path]
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
