@@ -111,7 +111,13 @@ class Checkpoints:
       OSError: this or the checkpoint before could not be written, as on a full
         disk. The ones before are as they were.
     """
+    # The one before has to be sealed before this one takes its place.
+    self.wait()
     try:
+      # What an interrupted run had begun to write, or what is damaged.
+      for old in self._manager.all_steps():
+        if old >= step:
+          self._manager.delete(old)
       self._manager.save(
         step,
         args=ocp.args.Composite(

@@ -173,6 +173,35 @@ def test_another_run_is_refused(tmp_path, changes, message):
     fit(tmp_path, resume=True, **changes)
 
 
+class Spoil(training.Callback):
+  """Makes the data, hence the parameters, infinite from a step on."""
+
+  def __init__(self, step):
+    self.step = step
+    self.spoilt = False
+
+  def on_step(self, step):
+    self.spoilt = step >= self.step
+
+  def apply(self, batch, step):
+    del step
+    return {**batch, 'x': batch['x'] * (np.inf if self.spoilt else 1)}
+
+
+def test_divergence_names_the_last_good_checkpoint(tmp_path):
+  spoil = Spoil(12)  # the batch of step 13 is fetched by then
+  message = r'nan at step 14.*last good checkpoint in .* is that of step 13\.'
+  with pytest.raises(FloatingPointError, match=message):
+    fit(
+      tmp_path,
+      data=batches().map(spoil.apply),
+      callbacks=[spoil],
+      checkpoint_every=1,
+    )
+  with checkpoint.Checkpoints(tmp_path / 'checkpoints') as saved:
+    assert saved.steps() == [13, 12]
+
+
 def test_checkpoints_want_a_folder():
   with pytest.raises(ValueError, match='want a workdir'):
     fit(checkpoint_every=3)

@@ -6,12 +6,16 @@ import json
 import pathlib
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from oialr_jax import checkpoint
 from oialr_jax import layers as layers_lib
 from oialr_jax import optimizer as optimizer_lib
 from oialr_jax import schedule as schedule_lib
+from oialr_jax import transforms
+from oialr_jax import tree
 from oialr_jax.training import callbacks as callbacks_lib
 from oialr_jax.training import compaction as compaction_lib
 from oialr_jax.training import interruptions
@@ -155,6 +159,8 @@ def fit(
     recorder.start(stop)
     watch = interruptions.Watch(max_seconds)
     stack.enter_context(watch.signals())
+    if saved is not None:
+      stack.enter_context(_naming(saved))
     for step in range(start, stop):
       event = schedule.event(step) if schedule is not None else None
       if event is not None:
@@ -188,9 +194,36 @@ def _save(
   step: int,
 ):
   arrays, manifest = run.snapshot()
+  _check_finite(arrays['state'].params, step)
   evaluations = [r for r in recorder.records if r['kind'] == 'eval']
   with recorder.clock('saving'):
     saved.save(step, arrays, manifest, evaluations[-1] if evaluations else None)
+
+
+def _check_finite(params: PyTree, step: int):
+  """A step may have spoilt the parameters, which the next loss would tell."""
+  leaves = tree.flatten(transforms.trainable(params))
+  finite = {path: jnp.all(jnp.isfinite(x)) for path, x in leaves.items()}
+  for path, ok in jax.device_get(finite).items():
+    if not ok:
+      raise FloatingPointError(
+        f'{path!r} is not finite after step {step}: training diverged. Lower '
+        'the learning rate or clip the gradients.'
+      )
+
+
+@contextlib.contextmanager
+def _naming(saved: checkpoint.Checkpoints):
+  """Tells who diverged which checkpoint to go back to."""
+  try:
+    yield
+  except FloatingPointError as e:
+    saved.wait()
+    steps = saved.steps()
+    last = f'that of step {steps[0]}' if steps else 'none'
+    raise FloatingPointError(
+      f'{e} The last good checkpoint in {saved.folder} is {last}.'
+    ) from e
 
 
 def _resume(
