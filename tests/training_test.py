@@ -289,6 +289,7 @@ import sys
 import jax
 from oialr_jax import training
 training.use_compilation_cache(sys.argv[1])
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
 f = jax.jit(lambda x: jax.numpy.linalg.svd(jax.numpy.sin(x @ x @ x)))
 f.lower(jax.numpy.ones((64, 64))).compile()
 """
