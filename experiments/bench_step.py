@@ -38,6 +38,12 @@ _BATCH = flags.DEFINE_integer('batch', 64, 'Examples a step.', lower_bound=1)
 _RANKS = flags.DEFINE_list(
   'ranks', ['1.0', '0.5', '0.3', '0.1'], 'Ranks, as shares of min(m, n).'
 )
+_MULTIPLE_OF = flags.DEFINE_integer(
+  'multiple_of',
+  8,
+  'Ranks are rounded up to a multiple of this, as the trainer does.',
+  lower_bound=1,
+)
 _DTYPE = flags.DEFINE_enum(
   'dtype', 'float32', ['float32', 'bfloat16'], 'To compute in.'
 )
@@ -92,7 +98,11 @@ def loss_of(model: Any) -> training.LossFn:
 
 
 def cases(
-  model: Any, batch: tuple, ranks: list[float], key: jax.Array
+  model: Any,
+  batch: tuple,
+  ranks: list[float],
+  multiple: int,
+  key: jax.Array,
 ) -> Iterator[Case]:
   """The dense step, then at every rank both ways, compiled."""
   variables = model.init(key, *batch)
@@ -103,7 +113,13 @@ def cases(
   )
   yield _case('dense', None, 'auto', loss, params, variables, batch, key)
   for rank in ranks:
-    low = oialr.to_lowrank(params, layers, rank=rank)
+    rounded = {
+      layer.path: min(
+        layer.max_rank, math.ceil(rank * layer.max_rank / multiple) * multiple
+      )
+      for layer in layers
+    }
+    low = oialr.to_lowrank(params, layers, rank=rounded)
     for name, way in WAYS.items():
       yield _case(name, rank, way, loss, low, variables, batch, key)
 
@@ -228,7 +244,7 @@ def main(argv):
     for x in models.inputs(_MODEL.value, _BATCH.value)
   )
   model = models.create(_MODEL.value, dtype=jnp.dtype(_DTYPE.value))
-  timed = list(cases(model, batch, ranks, key))
+  timed = list(cases(model, batch, ranks, _MULTIPLE_OF.value, key))
   for case in timed:
     case.run(batch, key, 1)  # the first step of a program warms it up
   for round_ in range(_ROUNDS.value):
@@ -243,7 +259,8 @@ def main(argv):
   workdir.mkdir(parents=True, exist_ok=True)
   result = {
     'flags': {
-      f.name: f.value for f in (_MODEL, _BATCH, _RANKS, _DTYPE, _ROUNDS, _STEPS)
+      f.name: f.value
+      for f in (_MODEL, _BATCH, _RANKS, _MULTIPLE_OF, _DTYPE, _ROUNDS, _STEPS)
     },
     'device': device,
     'jax': jax.__version__,

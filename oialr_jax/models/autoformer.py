@@ -16,6 +16,8 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from oialr_jax.models import common
+
 Array = jax.Array
 Make = Callable[..., nn.Module]
 
@@ -460,7 +462,7 @@ class _Within(nn.Module):
 
 def _feed_forward(conv: Make, d_ff: int, drop: Make, x: Array) -> Array:
   """Two layers, each a convolution of one step, in the caller's scope."""
-  hidden = nn.gelu(conv(d_ff, 1, name='conv1')(x), approximate=False)
+  hidden = common.gelu(conv(d_ff, 1, name='conv1')(x))
   return drop(conv(x.shape[-1], 1, name='conv2')(drop(hidden)))
 
 

@@ -18,6 +18,14 @@ Array = jax.Array
 normal_init = nn.initializers.normal(0.02)
 
 
+def gelu(x: Array) -> Array:
+  """x Phi(x), exactly, in PyTorch's form: 0.5 x (1 + erf(x / sqrt(2))).
+
+  JAX's own is by erfc, more exact in the far tail and, on CPUs, twice as slow.
+  """
+  return 0.5 * x * (1 + jax.lax.erf(x * jnp.array(0.5**0.5, x.dtype)))
+
+
 class DropPath(nn.Module):
   """Stochastic depth: drops a residual branch, an example at a time.
 
@@ -67,7 +75,7 @@ class MlpBlock(nn.Module):
     """`[..., features]` of `[..., features]`."""
     drop = nn.Dropout(self.dropout, deterministic=not train)
     hidden = self.dense(self.width, name='fc1')(x)
-    hidden = drop(nn.gelu(hidden, approximate=False))
+    hidden = drop(gelu(hidden))
     return drop(self.dense(x.shape[-1], name='fc2')(hidden))
 
 
