@@ -18,6 +18,7 @@ Array = jax.Array
 normal_init = nn.initializers.normal(0.02)
 
 
+@jax.checkpoint  # computed anew, erf costs less than the memory that it takes
 def gelu(x: Array) -> Array:
   """x Phi(x), exactly, in PyTorch's form: 0.5 x (1 + erf(x / sqrt(2))).
 
