@@ -4,14 +4,13 @@ from collections.abc import Callable, Iterable, Mapping
 import dataclasses
 import functools
 import math
+import numbers
 from typing import Any
 
 from oialr_jax import cost
 from oialr_jax import layers as layers_lib
 from oialr_jax import lowrank
 from oialr_jax import tree
-
-Ranks = int | float | Mapping[str, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,8 +20,8 @@ class Explanation:
   Attributes:
     layers: the eligible layers, in order of use.
     reasons: of every other parameter of two axes or more, why not.
-    parameters: numbers in all parameters of the function; where layers were
-      explained, in their kernels.
+    parameters: numbers in all parameters; where layers alone were explained,
+      in their kernels.
     ranks: by path, that were asked for; None where none were. Layers that are
       not among them stay dense.
   """
@@ -96,7 +95,7 @@ def explain(
   layers_or_fn: Iterable[layers_lib.Layer] | Callable[..., Any],
   params: Any = None,
   *args: Any,
-  ranks: Ranks | None = None,
+  ranks: layers_lib.Rank | None = None,
   **kwargs: Any,
 ) -> Explanation:
   """Says of every kernel what it is, what it costs, or why it stays dense.
@@ -106,7 +105,7 @@ def explain(
 
   Args:
     layers_or_fn: layers, or a function to read with the following arguments.
-    params: as for `find_layers`.
+    params: as for `find_layers`; beside layers, what they are a part of.
     *args: as for `find_layers`.
     ranks: what the layers would cost at these: an int (at most what a layer
       has), a float in (0, 1], the share of min(m, n), or a mapping by path
@@ -120,24 +119,41 @@ def explain(
     being multiply-adds of a training step, done in the cheapest way.
 
   Raises:
-    ValueError: ranks are out of range, or name a path that is no layer's.
+    ValueError: ranks are out of range, or name a path that is no layer's;
+      layers are not those of params.
     TypeError: layers_or_fn or ranks are of another type.
   """
   if callable(layers_or_fn):
     layers, reasons = layers_lib.read(layers_or_fn, params, args, kwargs)
-    leaves = tree.flatten(params, lowrank.is_factored).values()
-    shapes = [x.shape for x in leaves if hasattr(x, 'shape')]
   else:
-    layers, reasons = tuple(layers_or_fn), {}
-    shapes = [layer.shape for layer in layers]
+    layers, reasons = _checked(layers_or_fn), {}
+  leaves = {layer.path: layer for layer in layers}
+  if params is not None:
+    leaves = tree.flatten(params, lowrank.is_factored)
+    tree.check_known([layer.path for layer in layers], leaves, 'parameter')
+  shapes = [x.shape for x in leaves.values() if hasattr(x, 'shape')]
   if ranks is not None:
     ranks = _fitted(layers, ranks)
   return Explanation(layers, reasons, sum(map(math.prod, shapes)), ranks)
 
 
-def _fitted(layers, ranks: Ranks) -> dict[str, int]:
-  if isinstance(ranks, int) and ranks >= 1:
-    return {x.path: min(ranks, x.max_rank) for x in layers}
+def _checked(
+  layers: Iterable[layers_lib.Layer],
+) -> tuple[layers_lib.Layer, ...]:
+  found = tuple(layers) if isinstance(layers, Iterable) else (layers,)
+  for x in found:
+    if not isinstance(x, layers_lib.Layer):
+      raise TypeError(
+        f'layers_or_fn: {x!r} is neither a function nor a layer; pass '
+        'the model with its arguments, or what find_layers returns.'
+      )
+  return found
+
+
+def _fitted(layers, ranks: layers_lib.Rank) -> dict[str, int]:
+  whole = isinstance(ranks, numbers.Integral) and not isinstance(ranks, bool)
+  if whole and ranks >= 1:
+    return {x.path: min(int(ranks), x.max_rank) for x in layers}
   found = layers_lib.ranks_of(layers, ranks)
   if isinstance(ranks, Mapping):
     return {path: found[path] for path in ranks}
@@ -167,6 +183,11 @@ def _break_even(layer, _) -> str:
   return f'{cost.break_even_time(*shape)}, {cost.break_even_storage(*shape)}'
 
 
+def _relative(n: int, of: int) -> str:
+  """A layer may lack tokens, when nobody said how many, or matrices."""
+  return f'{n / of:.2f}' if of else '-'
+
+
 _COLUMNS = {
   'path': lambda layer, _: layer.path,
   'shape': lambda layer, _: str(layer.shape),
@@ -179,10 +200,10 @@ _COLUMNS = {
 _AT_RANK = {
   'rank': lambda layer, rank: 'dense' if rank is None else str(rank),
   'computed as': lambda layer, rank: '' if rank is None else layer.way(rank),
-  'time': lambda layer, rank: (
-    f'{layer.multiply_adds(rank) / layer.multiply_adds():.2f}'
+  'time': lambda layer, rank: _relative(
+    layer.multiply_adds(rank), layer.multiply_adds()
   ),
-  'stored': lambda layer, rank: (
-    f'{_stored(layer, rank) / math.prod(layer.shape):.2f}'
+  'stored': lambda layer, rank: _relative(
+    _stored(layer, rank), math.prod(layer.shape)
   ),
 }

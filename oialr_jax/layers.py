@@ -279,10 +279,18 @@ def split(
   Raises:
     ValueError: a pattern matches no layer; a layer is in blocks already, or its
       columns do not fall into so many.
+    TypeError: blocks is no mapping to ints.
   """
   layers = tuple(layers)
+  if not isinstance(blocks, Mapping):
+    raise TypeError(
+      f'blocks={blocks!r}: must be a mapping from patterns of paths to numbers '
+      'of blocks.'
+    )
   rules = {tree.pattern('blocks', p): n for p, n in blocks.items()}
-  for rule in rules:
+  for rule, n in rules.items():
+    if isinstance(n, bool) or not isinstance(n, numbers.Integral):
+      raise TypeError(f'blocks[{rule.pattern!r}]={n!r}: must be an int.')
     if not any(rule.search(layer.path) for layer in layers):
       raise ValueError(
         f'blocks={rule.pattern!r}: matches none of the {len(layers)} layers.'
@@ -307,10 +315,14 @@ def _aspect(layer: Layer) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class _Kernel:
-  """A parameter on its way through the program."""
+  """A parameter on its way through the program.
+
+  `through` names the equation that it has come out of multiplied out.
+  """
 
   path: str
   view: views.View
+  through: str = ''
 
 
 @dataclasses.dataclass(frozen=True)
@@ -424,15 +436,18 @@ class _Reader:
     if not any(operands):
       return nothing
     name = eqn.primitive.name
-    for program in (jaxprs.called(eqn), jaxprs.rematerialised(eqn)):
-      if program is not None:
-        return self.read(program, operands)
+    program = jaxprs.called(eqn)
+    if program is not None:
+      return self.read(program, operands)
+    program = jaxprs.rematerialised(eqn)
+    if program is not None:
+      return _through(name, self.read(program, operands))
     program = jaxprs.custom_derivative(eqn)
     if program is not None:
       outer, self._within = self._within, self._within or name
       out = self.read(program, operands)
       self._within = outer
-      return out
+      return _through(name, out)
     if name == 'scan':
       return self._scan(eqn, operands)
     if name == 'cond':
@@ -505,20 +520,19 @@ class _Reader:
     out = eqn.outvars[0].aval.shape
     tokens = math.prod(out) // out[numbers.out_spec[1]]
     groups = eqn.params['feature_group_count']
-    stacked, *others = kernel.view.axes[numbers.rhs_spec[0]] or (None,)
-    if groups == 1:
-      self._matrix('conv', kernel, numbers.rhs_spec[1:], (), tokens)
-    elif not others:
-      self._matrix(
-        'conv', kernel, numbers.rhs_spec[1:], (), tokens, blocks=groups
-      )
-    elif stacked.size == groups:  # convolutions under `vmap`
-      self._matrix(
-        'conv', kernel, numbers.rhs_spec[1:], (), tokens, stacked=stacked
-      )
-    else:
-      # Their order need not be that of the kernel's memory.
+    channels = kernel.view.axes[numbers.rhs_spec[0]]
+    channels = [a for a in channels if a.size > 1]
+    blocks, stacked = groups, None
+    if len(channels) > 1 and groups % channels[0].size == 0:
+      stacked, *channels = channels  # convolutions under `vmap`
+      blocks //= stacked.size
+    in_order = stacked is None or stacked.axis < channels[0].axis
+    if blocks > 1 and not (len(channels) == 1 and in_order):
+      # Groups need not lie as blocks do in the kernel's memory.
       self.other(kernel, f'{groups} groups of channels made of several axes')
+      return
+    inputs = numbers.rhs_spec[1:]
+    self._matrix('conv', kernel, inputs, (), tokens, blocks, stacked)
 
   def _matrix(
     self, kind, kernel, contracted, batch, tokens, blocks=1, stacked=None
@@ -540,6 +554,20 @@ class _Reader:
     repeats = self._repeats // max(1, stack)
     roles = {a: r.pop() for a, r in roles.items()}
     use = _Use(
-      kind, roles, tokens * repeats, blocks=blocks, within=self._within
+      kind,
+      roles,
+      tokens * repeats,
+      blocks=blocks,
+      within=self._within or kernel.through,
     )
     self._record(kernel, use)
+
+
+def _through(name: str, out: list) -> list:
+  """Kernels that come out of an equation, which is where they are needed."""
+  return [
+    dataclasses.replace(x, through=x.through or name)
+    if isinstance(x, _Kernel)
+    else x
+    for x in out
+  ]

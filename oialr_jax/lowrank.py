@@ -148,14 +148,9 @@ class MatrixView:
       raise ValueError(f'{self}: has no batch axis to take away.')
     gone = self.batch[0]
     down = lambda axes: tuple(a - (a > gone) for a in axes if a != gone)
-    blocks = []
-    at = 0  # the axis of `cut` at which an axis of the kernel begins
-    for b in self.blocks:
-      if at != gone:
-        blocks.append(b)
-      elif b > 1:
-        blocks.append(1)
-      at += 1 + (b > 1)
+    blocks = list(self.blocks)
+    if blocks:  # no axis in front of the first of the batch is cut
+      blocks[gone : gone + 1] = [1] if blocks[gone] > 1 else []
     if max(blocks, default=1) == 1:
       blocks = []
     return MatrixView(

@@ -157,46 +157,54 @@ def dot(eqn, operands) -> Array | None:
 
 def conv(eqn, operands) -> Array | None:
   """A convolution with U as its kernel, then products along the channels."""
-  params = eqn.params
   x, kernel = operands
-  if isinstance(x, Kernel) or params['batch_group_count'] != 1:
+  chain = None if isinstance(x, Kernel) else _conv_chain(eqn, kernel)
+  if chain is None:
     return None
+  params, aval = eqn.params, eqn.outvars[0].aval
   numbers = params['dimension_numbers']
-  out_axis, *in_axes = numbers.rhs_spec
-  blocks = _blocks(kernel, out_axis)
-  groups = params['feature_group_count']
-  if not blocks or groups not in (1, blocks):
-    return None
-  if kernel.roles(in_axes) - {'row'}:
-    return None
-  aval = eqn.outvars[0].aval
-  channel = numbers.out_spec[1]
-  tokens = math.prod(aval.shape) // aval.shape[channel]
-  chain = _chain(kernel, in_axes, (), [out_axis], tokens, params)
-  if chain is None or chain[0][0] != 'row':
-    return None
-  (_, first), *rest = chain
+  out_axis, channel = numbers.rhs_spec[0], numbers.out_spec[1]
+  letters = iter(string.ascii_letters)
+  names = {atom: next(letters) for atom in kernel.view.atoms()}
+  (u, labels), *links = _labelled(kernel, chain, names, letters)
   y = lax.conv_general_dilated(
     x,
-    _conv_kernel(kernel, first, out_axis),
+    _conv_kernel(kernel, u, out_axis),
     **{k: params[k] for k in _CONV_PARAMS},
   )
-  # The channels of y are (block, r).
-  block = [blocks] if blocks > 1 else []
-  shape = [*aval.shape[:channel], *block, kernel.node.rank]
-  shared = len(shape) - 1
-  shape += aval.shape[channel + 1 :]
-  letters = list(string.ascii_letters[: len(shape)])
-  spare = iter(string.ascii_letters[len(shape) :])
-  out, links = [*letters], []
-  for place, factor in rest:
-    if place == 'col':
-      factor = _conv_channels(kernel, factor, out_axis)
-    labels = [*letters[channel:shared], out[shared], next(spare)]
-    links.append((factor.reshape(*block, *factor.shape[-2:]), labels))
-    out[shared] = labels[-1]
-  y = _contract((y.reshape(shape), letters), links, out, params)
+  # Its channels are (block, r).
+  blocks, r = kernel.parts('batch'), kernel.node.rank
+  before, after = aval.shape[:channel], aval.shape[channel + 1 :]
+  y = y.reshape(*before, *(a.size for a in blocks), r, *after)
+  before, after = ([next(letters) for _ in shape] for shape in (before, after))
+  named = lambda atoms: [names[a] for a in atoms]
+  y = _contract(
+    (y, [*before, *named(blocks), labels[-1], *after]),
+    links,
+    [*before, *named(_big(kernel.view.axes[out_axis])), *after],
+    params,
+  )
   return y.reshape(aval.shape).astype(aval.dtype)
+
+
+def _conv_chain(eqn, kernel: Kernel):
+  """The factors of x W, U first; None when a convolution cannot use them."""
+  params, out = eqn.params, eqn.outvars[0].aval
+  numbers = params['dimension_numbers']
+  out_axis, *in_axes = numbers.rhs_spec
+  if params['batch_group_count'] != 1 or kernel.roles(in_axes) - {'row'}:
+    return None
+  groups = params['feature_group_count']
+  if groups > 1:
+    # The major part of the channels, and every block is one of them.
+    blocks, channels = kernel.parts('batch'), kernel.view.axes[out_axis]
+    sizes = math.prod(a.size for a in blocks)
+    major = _big(channels)[: len(_big(blocks))]
+    if sizes != groups or major != _big(blocks):
+      return None
+  tokens = math.prod(out.shape) // out.shape[numbers.out_spec[1]]
+  chain = _chain(kernel, in_axes, (), [out_axis], tokens, params)
+  return chain if chain and chain[0][0] == 'row' else None
 
 
 def _chain(kernel, contracted, batch, free, tokens, params):
@@ -290,18 +298,6 @@ def _contract(x, links, out: list[str], params) -> Array:
   return x
 
 
-def _blocks(kernel: Kernel, out_axis: int) -> int:
-  """How many matrices lie side by side in a convolution's channels; 0: mixed.
-
-  The blocks have to be the major part of the channels.
-  """
-  group = _big(kernel.view.axes[out_axis])
-  batch = [a for a in group if kernel.role(a) == 'batch']
-  if batch != group[: len(batch)] or batch != _big(kernel.parts('batch')):
-    return 0
-  return math.prod(a.size for a in batch)
-
-
 def _conv_kernel(kernel: Kernel, u: Array, out_axis: int) -> Array:
   """U laid out as the convolution wants its kernel, with (block, r) out."""
   atoms, r = _big(kernel.parts('row')), u.shape[-1]
@@ -315,16 +311,6 @@ def _conv_kernel(kernel: Kernel, u: Array, out_axis: int) -> Array:
       order += [1 + atoms.index(a) for a in _big(group)]
       shape.append(math.prod(a.size for a in group))
   return u.transpose(order).reshape(shape)
-
-
-def _conv_channels(kernel: Kernel, vt: Array, out_axis: int) -> Array:
-  """V^T `[block, r, n]`, columns in the order of the convolution's channels."""
-  atoms, r = _big(kernel.parts('col')), kernel.node.rank
-  group = _big(kernel.view.axes[out_axis])
-  order = [atoms.index(a) for a in group if kernel.role(a) == 'col']
-  vt = vt.reshape([-1, r, *(a.size for a in atoms)])
-  vt = vt.transpose([0, 1, *(2 + i for i in order)])
-  return vt.reshape(vt.shape[0], r, -1)
 
 
 def _big(atoms) -> list[views.Atom]:

@@ -223,17 +223,23 @@ def compact(
     multiple_of: ranks are rounded up to a multiple of this (at most the rank
       there is), the spare directions staying zero. 8 or 128 suit the hardware.
     ranks: what to leave, by path, instead of the smallest: those of an earlier
-      `compact_ranks`, which pruning since then can only have lowered.
+      `compact_ranks`, which pruning since then can only have lowered. Leaves
+      that it does not name keep what they have.
 
   Returns:
     params with the smallest buffers; the function is the same. A kernel whose
     buffers do not shrink is the same object.
 
   Raises:
-    ValueError: multiple_of is less than 1; a path is not that of a low-rank
-      leaf; a rank is less than the live one.
+    ValueError: multiple_of is less than 1, or something else beside ranks; a
+      path is not that of a low-rank leaf; a rank is less than the live one.
     TypeError: params are traced: call it outside `jax.jit`.
   """
+  if ranks is not None and multiple_of != 1:
+    raise ValueError(
+      f'multiple_of={multiple_of}: ranks say already what to leave; drop one '
+      'of the two.'
+    )
   sizes = compact_ranks(params, multiple_of=multiple_of)
   if ranks is not None:
     tree.check_known(ranks, sizes, 'low-rank leaf')

@@ -66,6 +66,10 @@ class View:
     groups = self.axes if axes is None else [self.axes[i] for i in axes]
     return tuple(a for group in groups for a in group)
 
+  def transpose(self, order: tuple[int, ...]) -> 'View':
+    """The axes in another order."""
+    return View(tuple(self.axes[i] for i in order), self.stacked)
+
   def reshape(self, shape: tuple[int, ...]) -> 'View | None':
     """Deals the atoms out to new axes; None where they would be torn apart."""
     if math.prod(self.shape) != math.prod(shape):
@@ -105,11 +109,12 @@ def follow(view: View, eqn: jex.JaxprEqn) -> View | None:
   if name in _IDENTITIES:
     return view if len(eqn.outvars) == 1 else None
   if name == 'transpose':
-    return dataclasses.replace(
-      view, axes=tuple(view.axes[i] for i in params['permutation'])
-    )
-  if name == 'reshape' and params['dimensions'] is None:
-    return view.reshape(eqn.outvars[0].aval.shape)
+    return view.transpose(params['permutation'])
+  if name == 'reshape':
+    # Under `vmap`, a reshape may transpose first.
+    order = params['dimensions']
+    moved = view if order is None else view.transpose(order)
+    return moved.reshape(eqn.outvars[0].aval.shape)
   if name == 'squeeze':
     gone = params['dimensions']
     return dataclasses.replace(

@@ -1,5 +1,8 @@
 """Tests of the cost model, against what the compiler counts."""
 
+import math
+import re
+
 import jax
 from jax import lax
 import jax.numpy as jnp
@@ -80,6 +83,120 @@ def test_flops_of_a_convolution(way):
   flops = _flops(_low_rank_step(fn, node, way), node.s, x, dy)
   expected = 2 * cost.low_rank(way, layer.tokens, 48, 40, 8)
   assert flops == pytest.approx(expected, rel=0.05)
+
+
+def _grouped(w, x):
+  """No window overlaps with another, as above."""
+  return lax.conv_general_dilated(
+    x,
+    w,
+    (2, 2),
+    'VALID',
+    dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+    feature_group_count=x.shape[-1] // w.shape[2],
+  )
+
+
+# A function, what it takes, and the one layer that it has.
+_IN_BLOCKS = {
+  'grouped': (
+    _grouped,
+    (4, 8, 8, 36),
+    programs.conv('w', (2, 2, 12, 120), (0, 1, 2), (3,), 64, blocks=3),
+  ),
+  'depthwise': (
+    _grouped,
+    (4, 8, 8, 6),
+    programs.conv('w', (2, 2, 1, 24), (0, 1, 2), (3,), 64, blocks=6),
+  ),
+  'chunks': (
+    lambda w, x: x @ w,
+    (64, 48),
+    oialr.Layer('w', (48, 120), (0,), (1,), tokens=64, blocks=3),
+  ),
+  'heads': (
+    lambda w, x: jnp.einsum('te,eqhd->tqhd', x, w),
+    (64, 48),
+    oialr.Layer('w', (48, 3, 2, 20), (0,), (1, 2, 3), tokens=64, blocks=6),
+  ),
+  'out_in': (
+    lambda w, x: x @ w.T,
+    (64, 48),
+    oialr.Layer('w', (120, 48), (1,), (0,), tokens=64, blocks=3),
+  ),
+  'experts': (
+    lambda w, x: jnp.einsum('btm,bmn->btn', x, w),
+    (2, 64, 48),
+    oialr.Layer('w', (2, 48, 80), (1,), (2,), (0,), tokens=64, blocks=2),
+  ),
+}
+
+
+def _block_step(kind, way, r):
+  fn, x, layer = _IN_BLOCKS[kind]
+  node = _node(layer, r)
+  x, w = (programs.Shape(s, jnp.float32) for s in (x, layer.shape))
+  dy = jax.eval_shape(fn, w, x)
+  return _low_rank_step(fn, node, way), (node.s, x, dy), layer
+
+
+@pytest.mark.parametrize('kind', _IN_BLOCKS)
+def test_layers_in_blocks_are_what_is_found(kind):
+  fn, x, layer = _IN_BLOCKS[kind]
+  params = {'w': programs.Shape(layer.shape, jnp.float32)}
+  read = lambda p, x: fn(p['w'], x)
+  (found,) = oialr.find_layers(read, params, programs.Shape(x, jnp.float32))
+  if found.blocks == 1:
+    (found,) = oialr.split([found], {'w': layer.blocks})
+  assert found == layer
+
+
+@pytest.mark.parametrize('kind', _IN_BLOCKS)
+def test_factored_goes_the_way_that_a_layer_says(kind):
+  fn, x, layer = _IN_BLOCKS[kind]
+  x = programs.Shape(x, jnp.float32)
+  program = lambda way, node: str(
+    jax.make_jaxpr(oialr.factored(fn, contraction=way))(node, x)
+  )
+  for r in (1, layer.max_rank // 2, layer.max_rank):
+    node = _node(layer, r)
+    ways = {way: program(way, node) for way in cost.WAYS}
+    assert len({*ways.values()}) == 3
+    assert program('auto', node) == ways[layer.way(r)]
+
+
+@pytest.mark.parametrize('kind', _IN_BLOCKS)
+def test_flops_of_a_dense_kernel_in_blocks(kind):
+  fn, x, layer = _IN_BLOCKS[kind]
+  x, w = (programs.Shape(s, jnp.float32) for s in (x, layer.shape))
+  flops = _flops(_step(fn), w, x, jax.eval_shape(fn, w, x))
+  assert flops == pytest.approx(2 * layer.multiply_adds(), rel=0.05)
+  forward = _flops(fn, w, x)
+  assert forward == pytest.approx(layer.flops, rel=0.05)
+
+
+@pytest.mark.parametrize('way', cost.WAYS)
+@pytest.mark.parametrize('kind', _IN_BLOCKS)
+def test_flops_of_a_kernel_in_blocks(kind, way):
+  r = 2 if kind == 'depthwise' else 8
+  step, args, layer = _block_step(kind, way, r)
+  work = cost.low_rank(way, layer.tokens, *layer.matrix, r)
+  flops = _flops(step, *args)
+  assert flops == pytest.approx(2 * layer.stack * work, rel=0.05)
+
+
+@pytest.mark.parametrize('kind', _IN_BLOCKS)
+def test_a_compiled_step_holds_no_kernel_in_blocks(kind):
+  def sizes(way):
+    step, args, _ = _block_step(kind, way, 2)
+    text = jax.jit(step).lower(*args).compile().as_text()
+    shapes = re.findall(r'f32\[([\d,]+)\]', text)
+    return {math.prod(map(int, shape.split(','))) for shape in shapes}
+
+  kernel = math.prod(_IN_BLOCKS[kind][-1].shape)
+  assert kernel not in sizes('factors')
+  assert kernel not in sizes('precontract')
+  assert kernel in sizes('materialise')
 
 
 def test_a_low_rank_step_saves_what_the_model_says():

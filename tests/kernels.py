@@ -20,8 +20,8 @@ import oialr_jax as oialr
 TOLERANCE = {'float32': 4e-6, 'bfloat16': 1.5e-2}
 
 
-def layer(path, shape, rows, cols, batch=()) -> oialr.Layer:
-  return oialr.Layer(path, shape, rows=rows, cols=cols, batch=batch)
+def layer(path, shape, rows, cols, batch=(), blocks=1) -> oialr.Layer:
+  return oialr.Layer(path, shape, rows, cols, batch, blocks=blocks)
 
 
 # Few shapes of matrices, because each compiles a program of its own.
@@ -41,6 +41,12 @@ LAYERS = (
   layer('two_stacks', (2, 1, 5, 12), (2,), (3,), (0, 1)),
   layer('inner_batch', (12, 3, 5), (0,), (2,), (1,)),
   layer('both_batches', (2, 12, 3, 5), (1,), (3,), (0, 2)),
+  layer('qkv', (12, 15), (0,), (1,), blocks=3),
+  layer('heads', (12, 3, 2, 5), (0,), (1, 2, 3), blocks=6),
+  layer('chunks', (5, 3, 4, 3), (0,), (1, 2, 3), blocks=3),
+  layer('half_heads', (5, 4, 6), (0,), (1, 2), blocks=2),  # two heads in each
+  layer('grouped', (10, 3, 2, 2), (1, 2, 3), (0,), blocks=2),  # OIHW
+  layer('split_stack', (2, 12, 3, 10), (1,), (3,), (0, 2), blocks=2),
 )
 BY_PATH = {x.path: x for x in LAYERS}
 
@@ -60,16 +66,31 @@ def array(x: np.ndarray, dtype: str) -> jax.Array:
   return jnp.asarray(x.astype(jnp.dtype(dtype)))
 
 
+def cut(like: oialr.Layer) -> list[tuple[str, int]]:
+  """Role and size of every axis, one that blocks cut counting as two."""
+  roles = dict.fromkeys(like.rows, 'row') | dict.fromkeys(like.cols, 'col')
+  axes, left = [], like.blocks
+  for axis, size in enumerate(like.shape):
+    role = roles.get(axis, 'batch')
+    if role == 'col' and left > 1:
+      blocks = min(left, size)
+      left //= blocks
+      axes += [('batch', blocks), ('col', size // blocks)]
+    else:
+      axes.append((role, size))
+  return axes
+
+
 def node(
   like: oialr.Layer, u, s, vt, *, dtype: str = 'float32'
 ) -> oialr.LowRank:
   """A `LowRank` from matrices `[b, m, r], [b, r, r], [b, r, n]`."""
-  size = lambda axes: tuple(like.shape[a] for a in axes)
-  batch, r = size(like.batch), s.shape[-1]
+  size = lambda role: tuple(n for r, n in cut(like) if r == role)
+  batch, r = size('batch'), s.shape[-1]
   return oialr.LowRank(
-    array(u.reshape(*batch, *size(like.rows), r), dtype),
+    array(u.reshape(*batch, *size('row'), r), dtype),
     array(s.reshape(*batch, r, r), dtype),
-    array(vt.reshape(*batch, r, *size(like.cols)), dtype),
+    array(vt.reshape(*batch, r, *size('col')), dtype),
     like.view,
   )
 
@@ -120,8 +141,11 @@ def float64(x: Any) -> np.ndarray:
 
 def matrices(kernel: Any, like: oialr.Layer) -> np.ndarray:
   """The kernel as `[b, m, n]`."""
-  order = (*like.batch, *like.rows, *like.cols)
-  return float64(kernel).transpose(order).reshape(-1, *like.matrix)
+  axes = cut(like)
+  place = ('batch', 'row', 'col').index
+  order = sorted(range(len(axes)), key=lambda a: place(axes[a][0]))
+  x = float64(kernel).reshape([n for _, n in axes]).transpose(order)
+  return x.reshape(like.stack, *like.matrix)
 
 
 def factors(x: oialr.LowRank) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -138,14 +162,14 @@ def live_rank(x: oialr.LowRank) -> int:
 
 def product(x: oialr.LowRank, like: oialr.Layer) -> np.ndarray:
   """The dense kernel U Sigma V^T, in one einsum over its own axes."""
-  name = lambda axes: ''.join(string.ascii_lowercase[a] for a in axes)
-  b, m, n = name(like.batch), name(like.rows), name(like.cols)
-  out = name(range(len(like.shape)))
+  letters = dict(zip(string.ascii_lowercase, cut(like)))
+  name = lambda role: ''.join(c for c, (r, _) in letters.items() if r == role)
+  b, m, n = map(name, ('batch', 'row', 'col'))
   return np.einsum(
-    f'{b}{m}y,{b}yz,{b}z{n}->{out}',
+    f'{b}{m}y,{b}yz,{b}z{n}->{"".join(letters)}',
     *map(float64, (x.u, x.s, x.vt)),
     optimize=True,
-  )
+  ).reshape(like.shape)
 
 
 def polar(w: np.ndarray, rank: int | None = None) -> np.ndarray:

@@ -13,6 +13,7 @@ import pytest
 
 import oialr_jax as oialr
 from oialr_jax import cost
+from oialr_jax import layers as layers_lib
 from tests import programs
 
 
@@ -116,6 +117,82 @@ def test_find_layers_of_the_gradient_too():
   assert (layer.path, layer.rows, layer.tokens) == ('a', (0,), 5)
 
 
+@pytest.mark.parametrize(
+  'groups, m, n', [(1, 54, 8), (2, 27, 4), (3, 18, 5), (4, 9, 2)]
+)
+def test_find_layers_gives_every_group_its_matrix(groups, m, n):
+  """A depthwise convolution has as many groups as channels."""
+  x = programs.normal(2, 5, 5, m // 9 * groups)
+  model = nn.Conv(n * groups, (3, 3), feature_group_count=groups)
+  params = jax.eval_shape(model.init, jax.random.key(0), x)
+  (layer,) = oialr.find_layers(model.apply, params, x)
+  assert layer.path == 'params/kernel'
+  assert (layer.blocks, layer.stack, layer.matrix) == (groups, groups, (m, n))
+  assert (layer.rows, layer.cols, layer.kind) == ((0, 1, 2), (3,), 'conv')
+  assert (layer.tokens, layer.max_rank) == (2 * 5 * 5, n)
+  assert layer.flops == 2 * (2 * 5 * 5) * (3 * 3) * (x.shape[-1] // groups) * (
+    n * groups
+  )
+
+
+def test_a_kernel_of_two_groupings_has_no_matrix():
+  def fn(p, x):
+    numbers = ('NWC', 'WIO', 'NWC')
+    convolve = lambda x, groups: lax.conv_general_dilated(
+      x, p['w'], (1,), 'SAME', (1,), (1,), numbers, feature_group_count=groups
+    )
+    return convolve(x, 2), convolve(x[..., :2], 1)
+
+  args = programs.shapes(w=(3, 2, 6)), programs.normal(2, 5, 4)
+  assert oialr.explain(fn, *args).reasons == {
+    'w': 'used in different roles (tied)'
+  }
+
+
+def test_multiplied_out_names_what_is_around_the_product():
+  """Also where only one of several products is within a custom rule."""
+  custom = jax.custom_jvp(lambda x, w: jnp.tanh(x @ w))
+  custom.defjvp(lambda primals, tangents: (custom(*primals), tangents[0]))
+
+  def fn(p, x):
+    x = jax.jit(custom)(x, p['a']) @ p['b']
+    scan = lambda x, w: (custom(x, w), None)
+    return lax.scan(scan, x @ p['a'], p['stack'])[0]
+
+  params = programs.shapes(a=(8, 8), b=(8, 8), stack=(3, 8, 8))
+  found = oialr.find_layers(fn, params, programs.normal(5, 8))
+  a, b, stack = found
+  assert re.match('custom_jvp', a.multiplied_out)
+  assert b.multiplied_out == ''
+  assert stack.multiplied_out == a.multiplied_out
+  assert [layer.way(2) for layer in found] == [
+    cost.MATERIALISE,
+    cost.FACTORS,
+    cost.MATERIALISE,
+  ]
+  tokens, m, n, r = 5, 8, 8, 2
+  assert b.multiply_adds(r) == cost.low_rank('factors', tokens, m, n, r)
+  assert stack.multiply_adds(r) == 3 * cost.low_rank(
+    'materialise', tokens, m, n, r
+  )
+
+
+def test_a_layer_costs_what_the_model_says_of_all_its_matrices():
+  layer = oialr.Layer(
+    'w', (3, 40, 64), (1,), (2,), (0,), tokens=500, order=0, blocks=4
+  )
+  assert (layer.stack, layer.matrix, layer.max_rank) == (12, (40, 16), 16)
+  assert layer.flops == 2 * 500 * 3 * 40 * 64
+  assert layer.multiply_adds() == 3 * 500 * 3 * 40 * 64
+  for rank in (2, 10, 16):
+    way = cost.cheapest(500, 40, 16, rank)
+    assert layer.way(rank) == way
+    assert layer.multiply_adds(rank) == 12 * cost.low_rank(
+      way, 500, 40, 16, rank
+    )
+  assert {layer.way(rank) for rank in (2, 10, 16)} == {*cost.WAYS}
+
+
 def test_layer_is_a_value():
   layer = programs.dot('w', (2, 3, 8, 4), (0, 3), (2,), 5, batch=(1,))
   assert layer.matrix == (8, 8)
@@ -126,6 +203,10 @@ def test_layer_is_a_value():
     layer.tokens = 1
   leading = programs.dot('w', (3, 2, 8, 4), (2,), (3,), 5, batch=(0, 1))
   assert leading.view == oialr.MatrixView((0,), (1,))
+  heads = oialr.Layer('w', (3, 8, 3, 4, 5), (1,), (2, 3, 4), (0,), blocks=6)
+  assert heads.view == oialr.MatrixView(
+    (0,), (2, 4, 5), (1, 3), blocks=(1, 3, 2, 1)
+  )
 
 
 # Selection.
@@ -217,42 +298,112 @@ def test_select_refuses_to_leave_nothing():
     oialr.select(_LAYERS[:1])
 
 
-# Explanation.
+# Blocks.
+
+_QKV = (
+  programs.dot('0/qkv', (8, 24), (0,), (1,), 5, 0),
+  programs.dot('0/out', (8, 8), (0,), (1,), 5, 1),
+  programs.dot('1/qkv', (8, 3, 2, 4), (0,), (1, 2, 3), 5, 2),
+)
 
 
-def test_explain_prints_a_table():
-  p = programs.PROGRAMS['experts']()
-  params = p.params | programs.shapes(unused=(3, 4), bias=(4,))
-  header, *rows = str(oialr.explain(p.fn, params, *p.args)).splitlines()
-  columns = re.split(r'  +', header)
-  assert columns[0] == 'path' and columns[-1] == 'low-rank'
-  leading, inner, unused = (re.split(r'  +', row) for row in rows)
-  even = f'{cost.break_even_time(8, 9)}, {cost.break_even_storage(8, 9)}'
-  mflop = f'{2e-6 * 3 * 4 * 8 * 9:.3g}'
-  assert leading == [
-    *('leading', '(3, 8, 9)', '3 x 8 x 9', 'dot', '4', mflop, even, 'yes')
-  ]
-  assert inner[:3] == ['inner', '(9, 3, 5)', '3 x 9 x 5']
-  assert unused == ['unused', 'not used by the function']
+def test_split_gives_the_parts_of_fused_kernels_matrices_of_their_own():
+  layers = oialr.split(_QKV, {'qkv': 3})
+  assert [layer.blocks for layer in layers] == [3, 1, 3]
+  assert [layer.stack for layer in layers] == [3, 1, 3]
+  assert [layer.matrix for layer in layers] == [(8, 8)] * 3
+  unsplit = [dataclasses.replace(layer, blocks=1) for layer in layers]
+  assert (*unsplit,) == _QKV
+  assert oialr.split(iter(_QKV), {}) == _QKV
 
 
-def test_explain_of_layers():
-  assert oialr.explain(_LAYERS) == oialr.Explanation(_LAYERS, {})
-  assert oialr.explain(iter(_LAYERS)).layers == _LAYERS
-  assert len(str(oialr.explain(_LAYERS)).splitlines()) == 5
+def test_split_takes_the_first_pattern_that_matches():
+  layers = oialr.split(_QKV, {'^1/': 6, 'qkv': 3, 'out$': np.int64(2)})
+  assert [layer.blocks for layer in layers] == [3, 2, 6]
+  assert [layer.matrix for layer in layers] == [(8, 8), (8, 4), (8, 4)]
 
 
-def test_explain_of_a_stack_without_layers():
-  fn = lambda p, x: lax.scan(lambda x, w: (x @ w, None), x, p['w'])[0]
-  (layer,) = oialr.explain(
-    fn, programs.shapes(w=(0, 8, 8)), programs.normal(5, 8)
-  ).layers
-  assert (layer.stack, layer.tokens) == (0, 0)
+@pytest.mark.parametrize(
+  'sizes, fit',
+  [
+    ((12,), {1, 2, 3, 4, 6, 12}),
+    ((3, 4), {1, 3, 6, 12}),
+    ((4, 3), {1, 2, 4, 12}),
+    ((1, 6), {1, 2, 3, 6}),
+    ((4, 1, 2, 3), {1, 2, 4, 8, 24}),
+  ],
+)
+def test_blocks_are_runs_of_columns_in_memory(sizes, fit):
+  """Of equal length, and none with a part of an axis and a part of the next."""
+  shape, cols = (8, *sizes), tuple(range(1, len(sizes) + 1))
+  layer = programs.dot('w', shape, (0,), cols, 5)
+  columns = math.prod(sizes)
+  kernel = np.arange(8 * columns).reshape(shape)
+  for n in range(1, columns + 2):
+    if n not in fit:
+      message = rf"'w': columns of sizes {re.escape(str(sizes))} do not fall "
+      with pytest.raises(ValueError, match=message + f'into {n} equal blocks'):
+        oialr.split([layer], {'w': n})
+      continue
+    (found,) = oialr.split([layer], {'w': n})
+    assert (found.stack, found.matrix) == (n, (8, columns // n))
+    blocks = np.split(kernel.reshape(8, columns), n, axis=1)
+    np.testing.assert_array_equal(found.view.to_matrix(kernel), blocks)
 
 
-def test_explain_finds_nothing_without_an_error():
-  found = oialr.explain(lambda p, x: x + p['w'], {'w': np.ones((3, 4))}, 1.0)
-  assert found == oialr.Explanation((), {'w': 'consumed by add'})
+@pytest.mark.parametrize(
+  'blocks, error, message',
+  [
+    ({'kqv': 3}, ValueError, "blocks='kqv': matches none of the 3 layers"),
+    ({'(': 3}, ValueError, r"blocks='\(': not a regular expression"),
+    (
+      {'0/qkv': 5},
+      ValueError,
+      r"'0/qkv': .* sizes \(24,\) do not .* into 5 eq",
+    ),
+    ({'qkv': 0}, ValueError, 'do not fall into 0 equal blocks'),
+    ({'qkv': -3}, ValueError, 'do not fall into -3 equal blocks'),
+    ({'qkv': 3.0}, TypeError, r"blocks\['qkv'\]=3.0: must be an int"),
+    ({'qkv': True}, TypeError, r"blocks\['qkv'\]=True: must be an int"),
+    (3, TypeError, 'blocks=3: must be a mapping from patterns of paths'),
+  ],
+)
+def test_split_refuses(blocks, error, message):
+  with pytest.raises(error, match=message):
+    oialr.split(_QKV, blocks)
+
+
+def test_split_refuses_what_is_in_blocks_already():
+  grouped = programs.conv('w', (3, 2, 8), (0, 1), (2,), 5, blocks=4)
+  with pytest.raises(ValueError, match="'w': is in 4 blocks already"):
+    oialr.split([grouped], {'w': 2})
+
+
+def test_select_goes_by_the_matrices_of_blocks():
+  layers = oialr.split(_QKV, {'0/qkv': 6, '1/qkv': 3})
+  assert _selected(layers, min_rank=5) == ['0/out', '1/qkv']
+  assert _selected(layers, max_aspect=2) == ['0/out', '1/qkv']
+
+
+# Ranks.
+
+
+def test_ranks_of_layers():
+  layers = oialr.split(_QKV, {'0/qkv': 6, '1/qkv': 3})
+  of = lambda rank: tuple(layers_lib.ranks_of(layers, rank).values())
+  assert [*layers_lib.ranks_of(layers, None)] == ['0/qkv', '0/out', '1/qkv']
+  assert of(None) == (4, 8, 8)
+  assert of(3) == (3, 3, 3)
+  assert of(0.5) == (2, 4, 4)
+  assert of(0.01) == (1, 1, 1)
+  assert of({'0/out': 5}) == (4, 5, 8)
+  for rank, error, message in (
+    (5, ValueError, r"'0/qkv': rank 5 exceeds .* 4 of its \(8, 4\) matrix"),
+    ({'out': 2}, ValueError, "'out': no such layer; the tree has 3: '0/qkv'"),
+    ({'0/out': 'x'}, TypeError, "'0/out': rank='x' must be an int, a float"),
+  ):
+    with pytest.raises(error, match=message):
+      of(rank)
 
 
 # Bad input.

@@ -2,8 +2,11 @@
 
 import copy
 import dataclasses
+import math
 import pickle
 
+import hypothesis
+from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,6 +60,90 @@ def test_a_matrix_view_names_no_leading_batch_axes():
   assert view.split((7, 2, 3, 4, 5)) == ((7, 3), (2, 4), (5,))
 
 
+def test_a_matrix_view_counts_an_axis_in_blocks_as_two():
+  view = oialr.MatrixView.of(
+    rows=(3, 1), cols=(4, 2), batch=(0,), blocks={2: 3}
+  )
+  assert view == oialr.MatrixView(
+    rows=(0, 3), cols=(2, 4), batch=(1,), blocks=(1, 3, 1, 1)
+  )
+  assert view.ndim == 4
+  assert view.order(lead=1) == (0, 2, 1, 4, 3, 5)
+  assert view.cut((7, 2, 6, 4, 5)) == (7, 2, 3, 2, 4, 5)
+  assert view.split((7, 2, 6, 4, 5)) == ((7, 3), (2, 4), (2, 5))
+  # Whole axes have no blocks, and those of the batch no name.
+  whole = oialr.MatrixView.of(rows=(1,), cols=(2,), batch=(0,), blocks={2: 1})
+  assert whole == oialr.MatrixView(rows=(0,), cols=(1,))
+
+
+@st.composite
+def _views(draw):
+  """A view, and the shape of a kernel that it is of."""
+  roles = draw(
+    st.lists(st.sampled_from(['row', 'col', 'batch']), min_size=2, max_size=5)
+  )
+  blocks, shape = {}, []
+  for axis, role in enumerate(roles):
+    blocks[axis] = draw(st.integers(1, 3)) if role == 'col' else 1
+    shape.append(blocks[axis] * draw(st.integers(1, 3)))
+  of = lambda role: tuple(a for a, r in enumerate(roles) if r == role)
+  axes = map(of, ('row', 'col', 'batch'))
+  return oialr.MatrixView.of(*axes, blocks), tuple(shape)
+
+
+_EXAMPLES = hypothesis.settings(
+  deadline=None, derandomize=True, max_examples=40, database=None
+)
+
+
+@_EXAMPLES
+@hypothesis.given(_views())
+def test_to_and_from_matrices_of_any_view(example):
+  view, shape = example
+  kernel = np.arange(math.prod(shape)).reshape(shape)
+  matrices = _matrices(view, kernel)
+  assert view.whole(view.cut(shape)) == shape
+  sizes = tuple(math.prod(part) for part in view.split(shape))
+  assert sizes == matrices.shape
+  np.testing.assert_array_equal(view.to_matrix(kernel), matrices)
+  back = view.from_matrix(matrices, shape)
+  np.testing.assert_array_equal(back, kernel)
+
+
+def _matrices(view, kernel):
+  """`to_matrix`, one entry at a time."""
+  lead = kernel.ndim - view.ndim
+  blocks = (1,) * lead + (view.blocks or (1,) * view.ndim)
+  out = {}
+  for index in np.ndindex(*kernel.shape):
+    digits = []
+    for i, n, b in zip(index, kernel.shape, blocks):
+      digits += [i] if b == 1 else divmod(i, n // b)
+    named = lambda axes, digits=digits: tuple(digits[lead + a] for a in axes)
+    batch = (*digits[:lead], *named(view.batch))
+    out[batch, named(view.rows), named(view.cols)] = kernel[index]
+  sizes = [len({key[i] for key in out}) for i in range(3)]
+  return np.array([out[key] for key in sorted(out)]).reshape(sizes)
+
+
+@_EXAMPLES
+@hypothesis.given(_views())
+def test_unstacked_is_what_a_scan_sees(example):
+  view, shape = example
+  if not view.batch:
+    with pytest.raises(ValueError, match='has no batch axis to take away'):
+      view.unstacked()
+    return
+  shape = shape[len(shape) - view.ndim :]  # nameless axes are no concern of it
+  kernel = np.arange(math.prod(shape)).reshape(shape)
+  inner = view.unstacked()
+  cut = kernel.reshape(view.cut(shape))
+  slices = np.moveaxis(cut, view.batch[0], 0)
+  # The shape of a slice: without the axis, or with what a block has of it.
+  seen = [inner.to_matrix(x.reshape(inner.whole(x.shape))) for x in slices]
+  np.testing.assert_array_equal(np.concatenate(seen), view.to_matrix(kernel))
+
+
 @_KINDS
 @pytest.mark.parametrize('rank', [1, None])
 def test_a_node_has_the_shape_of_the_dense_kernel(layer, rank):
@@ -97,6 +184,18 @@ def test_materialise_multiplies_out(dtype):
       assert error < {'float32': 1e-6, 'bfloat16': 2.5e-3}[dtype], path
 
 
+@pytest.mark.parametrize('path, cheap', [('tall', 'right'), ('wide', 'left')])
+def test_materialise_joins_sigma_to_the_smaller_side(path, cheap):
+  x = _node(kernels.BY_PATH[path], 3)
+  m, n = kernels.BY_PATH[path].matrix
+  jaxpr = jax.make_jaxpr(lowrank.materialise)(x)
+  dots = [
+    eqn.outvars[0].aval.shape[-2:]
+    for eqn in kernels.equations(jaxpr, 'dot_general')
+  ]
+  assert dots == [{'left': (m, 3), 'right': (3, n)}[cheap], (m, n)]
+
+
 def test_matrices_and_from_matrices_are_inverse():
   for layer in kernels.LAYERS:
     x = _node(layer, dtype='bfloat16')
@@ -126,8 +225,9 @@ def test_live_columns_are_those_that_are_not_zero():
   )
 
 
-def test_vmap_and_scan_peel_batch_axes_off():
-  layer = kernels.BY_PATH['both_batches']
+@pytest.mark.parametrize('path', ['both_batches', 'split_stack'])
+def test_vmap_and_scan_peel_batch_axes_off(path):
+  layer = kernels.BY_PATH[path]
   x = _node(layer)
   seen = []
 

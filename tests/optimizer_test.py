@@ -13,6 +13,7 @@ import pytest
 import oialr_jax as oialr
 from oialr_jax import optimizer
 from oialr_jax import tree
+from tests import kernels
 
 POLICIES = optimizer.POLICIES
 
@@ -26,6 +27,9 @@ LAYERS = {
   'attention_out': oialr.Layer('attention_out', (2, 3, 4), (0, 1), (2,)),
   'stack': oialr.Layer('stack', (2, 6, 4), (1,), (2,), (0,)),
   'inner_stack': oialr.Layer('inner_stack', (6, 2, 4), (0,), (2,), (1,)),
+  'qkv': oialr.Layer('qkv', (6, 12), (0,), (1,), blocks=3),
+  'heads': oialr.Layer('heads', (6, 2, 2, 4), (0,), (1, 2, 3), blocks=4),
+  'grouped': oialr.Layer('grouped', (8, 3, 2), (1, 2), (0,), blocks=2),
 }
 CHANGES = ('transition', 'update', 'prune', 'compact', 'to_dense')
 
@@ -38,21 +42,6 @@ def _wide(x):
   return np.asarray(x).astype(np.float64)
 
 
-def _axes(layer, axes):
-  return tuple(layer.shape[a] for a in axes)
-
-
-def _node(layer, u, s, vt, dtype=jnp.float32):
-  """A LowRank from matrices [b, m, r], [b, r, r], [b, r, n]."""
-  batch, r = _axes(layer, layer.batch), s.shape[-1]
-  return oialr.LowRank(
-    jnp.asarray(u.reshape(*batch, *_axes(layer, layer.rows), r), dtype),
-    jnp.asarray(s.reshape(*batch, r, r), dtype),
-    jnp.asarray(vt.reshape(*batch, r, *_axes(layer, layer.cols)), dtype),
-    layer.view,
-  )
-
-
 def _changed(change, layer, dtype=jnp.float32, seed=0):
   """The parameter before and after a change, with random orthonormal bases."""
   rng = np.random.default_rng(seed)
@@ -60,7 +49,8 @@ def _changed(change, layer, dtype=jnp.float32, seed=0):
   basis = lambda *shape: np.linalg.qr(rng.normal(size=shape))[0]
   u, v = basis(b, m, r), basis(b, n, r)
   dense = jnp.asarray(rng.normal(size=layer.shape), dtype)
-  low = _node(layer, u, rng.normal(size=(b, r, r)), _swap(v), dtype)
+  node = functools.partial(kernels.node, layer, dtype=dtype)
+  low = node(u, rng.normal(size=(b, r, r)), _swap(v))
   if change == 'transition':
     return dense, low
   if change == 'to_dense':
@@ -68,23 +58,22 @@ def _changed(change, layer, dtype=jnp.float32, seed=0):
   turned_u, turned_v = u @ basis(b, r, r), v @ basis(b, r, r)
   s = np.broadcast_to(np.diag(np.arange(r, 0.0, -1)), (b, r, r)).copy()
   if change == 'update':
-    return low, _node(layer, turned_u, s, _swap(turned_v), dtype)
+    return low, node(turned_u, s, _swap(turned_v))
   pruned_u, pruned_v, pruned_s = turned_u.copy(), turned_v.copy(), s.copy()
   for x in (pruned_u, pruned_v, pruned_s):
     x[..., -1] = 0
-  pruned = _node(layer, pruned_u, pruned_s, _swap(pruned_v), dtype)
+  pruned = node(pruned_u, pruned_s, _swap(pruned_v))
   if change == 'prune':
     return low, pruned
   sliced = turned_u[..., :-1], s[..., :-1, :-1], _swap(turned_v)[:, :-1]
-  return pruned, _node(layer, *sliced, dtype)
+  return pruned, node(*sliced)
 
 
 def _matrix(x, like, layer):
   """The moment of a parameter as [b, ., .], in float64."""
   if oialr.is_low_rank(like):
     return _wide(x).reshape(layer.stack, *x.shape[-2:])
-  x = _wide(x).transpose(*layer.batch, *layer.rows, *layer.cols)
-  return x.reshape(layer.stack, *layer.matrix)
+  return kernels.matrices(x, layer)
 
 
 def _bases(x, layer):

@@ -133,8 +133,12 @@ def dot(path, shape, rows, cols, tokens, order=0, batch=()) -> oialr.Layer:
   return oialr.Layer(path, shape, rows, cols, batch, 'dot', tokens, order)
 
 
-def conv(path, shape, rows, cols, tokens, order=0) -> oialr.Layer:
-  return oialr.Layer(path, shape, rows, cols, (), 'conv', tokens, order)
+def conv(
+  path, shape, rows, cols, tokens, order=0, batch=(), blocks=1
+) -> oialr.Layer:
+  return oialr.Layer(
+    path, shape, rows, cols, batch, 'conv', tokens, order, blocks
+  )
 
 
 # Functions written by hand.
@@ -420,7 +424,10 @@ def branches():
 
 @program
 def custom_rules():
-  """Kernels that pass through functions with derivatives of their own."""
+  """Kernels that pass through functions with derivatives of their own.
+
+  There, and where a checkpoint hands one on, it is needed as it is.
+  """
 
   @jax.custom_jvp
   def dense(x, w):
@@ -440,16 +447,34 @@ def custom_rules():
     lambda saved, g: (0.5 * (g @ saved[1].T), 3.0 * (saved[0].T @ g)),
   )
 
-  def fn(p, x):
-    return clipped(jax.nn.relu(dense(x, p['a'])), p['b'])
+  @jax.custom_vjp
+  def slower(w):
+    return w
 
+  slower.defvjp(lambda w: (w, None), lambda _, g: (0.1 * g,))
+  cast = jax.checkpoint(lambda w: w.T.astype(jnp.float32))
+
+  def fn(p, x):
+    x = clipped(jax.nn.relu(dense(x, p['a'])), p['b'])
+    return jnp.tanh(x @ slower(p['c'])) @ cast(p['d']), x @ p['e']
+
+  x, w = Shape((5, 8), jnp.float32), Shape((8, 9), jnp.float32)
+  name = lambda fn, *args: jax.make_jaxpr(fn)(*args).eqns[0].primitive.name
+  layer = lambda path, shape, tokens, order, within: dataclasses.replace(
+    dot(path, shape, (0,), (1,), tokens, order), multiplied_out=within
+  )
   return Program(
     fn,
-    shapes(a=(8, 9), b=(9, 6)),
+    shapes(a=(8, 9), b=(9, 6), c=(6, 7), d=(8, 7), e=(6, 4)),
     (normal(5, 8),),
     (
-      dot('a', (8, 9), (0,), (1,), 5, 0),
-      dot('b', (9, 6), (0,), (1,), 5, 1),
+      layer('a', (8, 9), 5, 0, name(dense, x, w)),
+      layer('b', (9, 6), 5, 1, name(clipped, x, w)),
+      layer('c', (6, 7), 5, 2, name(slower, w)),
+      dataclasses.replace(
+        dot('d', (8, 7), (1,), (0,), 5, 3), multiplied_out=name(cast, w)
+      ),
+      layer('e', (6, 4), 5, 4, ''),
     ),
   )
 
@@ -506,6 +531,209 @@ def reordered_conv():
     shapes(w=(4, 2, 3, 5)),
     (normal(2, 7, 4),),
     (conv('w', (4, 2, 3, 5), (0, 2), (1, 3), 14),),
+  )
+
+
+@program
+def grouped_convs():
+  """Each group of channels has a matrix of its own."""
+
+  def fn(p, x, image):
+    x = lax.conv_general_dilated(
+      x,
+      p['wio'],
+      (2,),
+      'SAME',
+      dimension_numbers=('NWC', 'WIO', 'NWC'),
+      feature_group_count=2,
+    )
+    image = lax.conv_general_dilated(
+      image,
+      p['hwio'],
+      (2, 1),
+      [(1, 2), (0, 1)],
+      rhs_dilation=(1, 2),
+      dimension_numbers=('NHWC', 'HWIO', 'NCHW'),
+      feature_group_count=2,
+    )
+    return x, lax.conv_general_dilated(
+      jnp.tanh(image),
+      p['oihw'],
+      (1, 2),
+      [(0, 0), (0, 0)],
+      lhs_dilation=(2, 1),
+      dimension_numbers=('NCHW', 'OIHW', 'NHWC'),
+      feature_group_count=3,
+    )
+
+  return Program(
+    fn,
+    shapes(wio=(3, 3, 10), hwio=(3, 2, 2, 6), oihw=(15, 2, 3, 1)),
+    (normal(2, 5, 6), normal(2, 6, 7, 4)),
+    (
+      conv('wio', (3, 3, 10), (0, 1), (2,), 2 * 3, 0, blocks=2),
+      conv('hwio', (3, 2, 2, 6), (0, 1, 2), (3,), 2 * 4 * 6, 1, blocks=2),
+      conv('oihw', (15, 2, 3, 1), (1, 2, 3), (0,), 2 * 5 * 3, 2, blocks=3),
+    ),
+  )
+
+
+@program
+def depthwise_convs():
+  """As many groups as channels, each with several of its own."""
+
+  def fn(p, x):
+    for name in ('hwio', 'iohw'):
+      x = lax.conv_general_dilated(
+        jnp.tanh(x),
+        p[name],
+        (1, 1),
+        'SAME',
+        dimension_numbers=('NHWC', name.upper(), 'NHWC'),
+        feature_group_count=x.shape[-1],
+      )
+    return x
+
+  return Program(
+    fn,
+    shapes(hwio=(3, 3, 1, 12), iohw=(1, 36, 2, 2)),
+    (normal(2, 5, 3, 4),),
+    (
+      conv('hwio', (3, 3, 1, 12), (0, 1, 2), (3,), 30, 0, blocks=4),
+      conv('iohw', (1, 36, 2, 2), (0, 2, 3), (1,), 30, 1, blocks=12),
+    ),
+  )
+
+
+@program
+def vmapped_convs():
+  """One kernel for each image: a convolution of as many groups."""
+
+  def convolved(layout, groups=1):
+    return lambda w, x: lax.conv_general_dilated(
+      x,
+      w,
+      (1,),
+      'SAME',
+      dimension_numbers=layout,
+      feature_group_count=groups,
+    )
+
+  oiw, wio = ('NCW', 'OIW', 'NCW'), ('NWC', 'WIO', 'NWC')
+
+  def fn(p, x):
+    y = x.swapaxes(-1, -2)
+    return (
+      jax.vmap(convolved(oiw))(p['first'], x),
+      jax.vmap(convolved(wio), (2, 0))(p['inner'], y),
+      jax.vmap(convolved(wio, groups=2))(p['grouped'], y),
+      jax.vmap(convolved(wio), (0, None))(p['ensemble'], y[0]),
+    )
+
+  return Program(
+    fn,
+    shapes(
+      first=(3, 5, 4, 2),
+      inner=(4, 4, 3, 7),
+      grouped=(3, 4, 2, 10),
+      ensemble=(2, 3, 4, 7),
+    ),
+    (normal(3, 1, 4, 5),),
+    (
+      conv('first', (3, 5, 4, 2), (2, 3), (1,), 5, 0, batch=(0,)),
+      conv('inner', (4, 4, 3, 7), (0, 1), (3,), 5, 1, batch=(2,)),
+      conv('grouped', (3, 4, 2, 10), (1, 2), (3,), 5, 2, batch=(0,), blocks=2),
+      # All see the same image: their channels are columns, side by side.
+      conv('ensemble', (2, 3, 4, 7), (1, 2), (0, 3), 5, 3),
+    ),
+  )
+
+
+# Kernels whose columns fall into blocks because someone asked for it.
+
+
+@program
+def split_qkv():
+  """A fused qkv as one dense kernel or with axes of its own, in 3 or by head."""
+
+  def fn(p, x):
+    def attention(q, k, v):
+      return jnp.einsum('thd,thd,thd->td', jnp.tanh(q), k, v)
+
+    for name in ('dense_chunks', 'dense_heads'):
+      qkv = (x @ p[name]).reshape(5, 3, 2, -1)
+      x = attention(*jnp.moveaxis(qkv, 1, 0))
+    for name in ('general_chunks', 'general_heads'):
+      x = attention(*jnp.einsum('te,eqhd->qthd', x, p[name]))
+    return x
+
+  layers = (
+    dot('dense_chunks', (8, 24), (0,), (1,), 5, 0),
+    dot('dense_heads', (4, 36), (0,), (1,), 5, 1),
+    dot('general_chunks', (6, 3, 2, 4), (0,), (1, 2, 3), 5, 2),
+    dot('general_heads', (4, 3, 2, 7), (0,), (1, 2, 3), 5, 3),
+  )
+  return Program(
+    fn,
+    {layer.path: Shape(layer.shape, jnp.float32) for layer in layers},
+    (normal(5, 8),),
+    layers,
+    low_rank=oialr.split(layers, {'chunks': 3, 'heads': 6}),
+  )
+
+
+@program
+def split_out_in():
+  """As Equinox lays kernels out: the columns come first."""
+
+  def fn(p, x):
+    x = jnp.tanh(x @ p['dense'].T)
+    return lax.conv_general_dilated(
+      x.reshape(1, 5, 3, 4),
+      p['oihw'],
+      (1, 1),
+      'SAME',
+      dimension_numbers=('NHWC', 'OIHW', 'NHWC'),
+    )
+
+  layers = (
+    dot('dense', (12, 8), (1,), (0,), 5, 0),
+    conv('oihw', (10, 4, 2, 2), (1, 2, 3), (0,), 15, 1),
+  )
+  return Program(
+    fn,
+    {layer.path: Shape(layer.shape, jnp.float32) for layer in layers},
+    (normal(5, 8),),
+    layers,
+    low_rank=oialr.split(layers, {'dense': 3, 'oihw': 2}),
+  )
+
+
+@program
+def split_stack():
+  """Blocks of stacked kernels: in a scan, or with a batch axis of an einsum."""
+
+  @jax.checkpoint
+  def layer(x, p):
+    q, k, v = jnp.split(0.3 * x @ p['in_out'].astype(x.dtype), 3, axis=-1)
+    x = jnp.tanh(q * k + v)
+    return x + jnp.tanh(p['out_in'] @ x.T).T.reshape(5, 2, 6).sum(1), None
+
+  def fn(p, x):
+    x, _ = lax.scan(layer, x, {k: p[k] for k in ('in_out', 'out_in')})
+    return jnp.einsum('tm,mbn->btn', x, p['experts'])
+
+  layers = (
+    dot('in_out', (3, 6, 18), (1,), (2,), 5, 0, batch=(0,)),
+    dot('out_in', (3, 12, 6), (2,), (1,), 5, 1, batch=(0,)),
+    dot('experts', (6, 2, 10), (0,), (1, 2), 5, 2),
+  )
+  return Program(
+    fn,
+    {layer.path: Shape(layer.shape, jnp.float32) for layer in layers},
+    (normal(5, 6),),
+    layers,
+    low_rank=oialr.split(layers, {'in_out': 3, 'out_in': 2, 'experts': 4}),
   )
 
 
@@ -605,6 +833,26 @@ def linen_convs():
       conv('Conv_0/kernel', (3, 3, 6), (0, 1), (2,), 16, 0),
       conv('Conv_1/kernel', (2, 2, 6, 5), (0, 1, 2), (3,), 2 * 2 * 2, 1),
       conv('Conv_2/kernel', (1, 2, 1, 5, 7), (0, 1, 2, 3), (4,), 2 * 36, 2),
+    ),
+  )
+
+
+@program
+def linen_grouped_convs():
+  model = nn.Sequential(
+    [
+      nn.Conv(14, (3,), feature_group_count=2),
+      nn.tanh,
+      nn.Conv(42, (4,), feature_group_count=14),
+    ]
+  )
+  x = normal(2, 5, 6)
+  return Program(
+    *_linen(model, x),
+    (x,),
+    (
+      conv('layers_0/kernel', (3, 3, 14), (0, 1), (2,), 10, 0, blocks=2),
+      conv('layers_2/kernel', (4, 1, 42), (0, 1), (2,), 10, 1, blocks=14),
     ),
   )
 
@@ -725,7 +973,7 @@ def equinox_module():
     mlp: eqx.nn.MLP
 
     def __init__(self, key):
-      self.conv = eqx.nn.Conv2d(2, 6, 2, stride=2, key=key)
+      self.conv = eqx.nn.Conv2d(4, 6, 2, stride=2, groups=2, key=key)
       self.attention = eqx.nn.MultiheadAttention(2, 6, key=key)
       self.mlp = eqx.nn.MLP(6, 5, 7, 1, key=key)
 
@@ -739,9 +987,9 @@ def equinox_module():
   return Program(
     lambda model, xs: jax.vmap(model)(xs),
     eqx.filter_eval_shape(Model, jax.random.key(0)),
-    (normal(5, 2, 4, 4),),
+    (normal(5, 4, 4, 4),),
     (
-      conv('conv/weight', (6, 2, 2, 2), (1, 2, 3), (0,), 20, 0),
+      conv('conv/weight', (6, 2, 2, 2), (1, 2, 3), (0,), 20, 0, blocks=2),
       weight('query', 20, 1),
       weight('key', 20, 2),
       weight('value', 20, 3),
@@ -818,41 +1066,129 @@ def tied_by_transposition():
 
 
 @odd
-def grouped_convs():
-  def fn(p, x):
-    for name, groups in (('grouped', 2), ('depthwise', 4)):
-      x = lax.conv_general_dilated(
-        jnp.tanh(x),
-        p[name],
-        (1,),
-        'SAME',
-        dimension_numbers=('NWC', 'WIO', 'NWC'),
-        feature_group_count=groups,
-      )
-    return x
-
+def tied_blocks():
+  """In blocks, from both sides: x W, and y W^T."""
+  layer = dot('w', (8, 18), (0,), (1,), 0)
   return _odd(
-    fn,
-    shapes(grouped=(3, 3, 4), depthwise=(3, 1, 8)),
-    (normal(2, 5, 6),),
-    {'grouped': 'of 2 groups', 'depthwise': 'of 4 groups'},
+    lambda p, x: jnp.tanh(x @ p['w']) @ p['w'].T,
+    shapes(w=(8, 18)),
+    (normal(5, 8),),
+    {'w': 'used in different roles'},
+    low_rank=oialr.split([layer], {'w': 3}),
   )
 
 
 @odd
-def vmapped_convs():
-  """One kernel for each image: a convolution of as many groups."""
+def scanned_blocks():
+  """A scan over the blocks of one kernel."""
 
   def fn(p, x):
-    one = lambda w, x: lax.conv(x[None], w, (1,), 'SAME')
-    return jax.vmap(one)(p['w'], x)
+    add = lambda total, w: (total + jnp.tanh(x @ w), None)
+    columns = p['columns'].reshape(8, 3, 6).transpose(1, 0, 2)
+    total, _ = lax.scan(add, jnp.zeros((5, 6)), columns)
+    add = lambda total, w: (total + jnp.tanh(x @ w.T), None)
+    return lax.scan(add, total, p['out_in'].reshape(3, 6, 8))[0]
 
-  layers = (oialr.Layer('w', (3, 5, 4, 3), (2, 3), (1,), (0,), 'conv'),)
+  layers = (
+    dot('columns', (8, 18), (0,), (1,), 0),
+    dot('out_in', (18, 8), (1,), (0,), 0),
+  )
   return _odd(
     fn,
-    shapes(w=(3, 5, 4, 3)),
-    (normal(3, 4, 6),),
-    {'w': 'of 3 groups'},
+    shapes(columns=(8, 18), out_in=(18, 8)),
+    (normal(5, 8),),
+    {
+      'columns': 'axis 1 has parts in different roles',
+      'out_in': 'axis 0 has parts in different roles',
+    },
+    low_rank=oialr.split(layers, {'': 3}),
+  )
+
+
+@odd
+def depthwise_without_multiplier():
+  """And groups that are not those of the kernel's memory, or of the batch.
+
+  And a kernel that only a transposition would make a column.
+  """
+
+  def fn(p, x):
+    numbers = ('NHWC', 'HWIO', 'NHWC')
+    convolve = lambda x, w, **groups: lax.conv_general_dilated(
+      x, w, (1, 1), 'SAME', dimension_numbers=numbers, **groups
+    )
+    merged = lambda w: w.swapaxes(-1, -2).reshape(*w.shape[:3], -1)
+    return (
+      convolve(x, p['depthwise'], feature_group_count=4),
+      convolve(x, merged(p['shuffled']), feature_group_count=2),
+      convolve(jnp.tile(x, 3), merged(p['last']), feature_group_count=6),
+      convolve(x, p['batch'], batch_group_count=2),
+      convolve(x[..., :1], p['scale']),
+    )
+
+  low_rank = (
+    conv('depthwise', (3, 3, 1, 4), (0, 1, 2), (3,), 0),
+    conv('shuffled', (1, 3, 2, 2, 3), (0, 1, 2), (3, 4), 0),
+    conv('last', (1, 3, 2, 4, 3), (0, 1, 2), (3,), 0, batch=(4,), blocks=2),
+    conv('batch', (1, 3, 4, 6), (0, 1, 2), (3,), 0),
+    conv('scale', (1, 1, 1, 6), (3,), (0, 1, 2), 0),
+  )
+  return _odd(
+    fn,
+    {layer.path: Shape(layer.shape, jnp.float32) for layer in low_rank},
+    (normal(2, 5, 3, 4),),
+    {
+      'depthwise': 'a matrix of 9 x 1 in each of 4 groups has no rank',
+      'shuffled': '2 groups of channels made of several axes',
+      'last': '6 groups of channels made of several axes',
+      'batch': 'a convolution of groups of the batch',
+      'scale': 'a matrix of 1 x 6 has no rank',
+    },
+    low_rank=low_rank,
+  )
+
+
+@odd
+def turned_kernel():
+  """The transpose of a convolution: its kernel is reversed."""
+  model = nn.ConvTranspose(5, (3,), strides=(2,), transpose_kernel=True)
+  x = normal(2, 4, 6)
+  layer = conv('kernel', (3, 5, 6), (0, 2), (1,), 0)
+  return _odd(
+    *_linen(model, x),
+    (x,),
+    {'kernel': 'consumed by rev'},
+    low_rank=(layer,),
+  )
+
+
+@odd
+def routed():
+  """Experts that are looked up, and weights rounded straight through."""
+
+  @jax.custom_vjp
+  def rounded(w):
+    return jnp.round(8 * w) / 8
+
+  rounded.defvjp(lambda w: (rounded(w), None), lambda _, g: (g,))
+
+  def fn(p, x):
+    best = jnp.argmax(x @ rounded(p['router']))
+    return jnp.tanh(x @ p['experts'][best % 3]) @ rounded(p['rounded'])
+
+  layers = (
+    dot('experts', (3, 8, 6), (1,), (2,), 0, batch=(0,)),
+    dot('rounded', (6, 7), (0,), (1,), 0),
+  )
+  return _odd(
+    fn,
+    shapes(router=(8, 3), experts=(3, 8, 6), rounded=(6, 7)),
+    (normal(5, 8),),
+    {
+      'router': 'consumed by',
+      'experts': 'consumed by (gather|dynamic_slice)',
+      'rounded': 'consumed by',
+    },
     low_rank=layers,
   )
 
@@ -887,26 +1223,56 @@ def standardised():
   def fn(p, x):
     x = jnp.tanh(x @ jax.nn.standardize(p['standardised'], axis=0))
     x = jnp.tanh(x @ (p['scaled'] / jnp.linalg.norm(p['scaled'])))
-    return x @ (p['adapted'] + 0.1 * p['down'] @ p['up'])
+    image = lax.conv_general_dilated(
+      x.reshape(1, 5, 2, 4),
+      jax.nn.standardize(p['conv'], axis=(0, 1, 2)),
+      (1, 1),
+      'SAME',
+      dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+    )
+    return image, x @ (p['adapted'] + 0.1 * p['down'] @ p['up'])
 
   reasons = {
     'standardised': 'consumed by ',
     'scaled': 'consumed by ',
+    'conv': 'consumed by ',
     'adapted': 'consumed by add',
     'down': 'consumed by mul',
   }
   return _odd(
     fn,
     shapes(
-      standardised=(8, 8), scaled=(8, 8), adapted=(8, 6), down=(8, 2), up=(2, 6)
+      standardised=(8, 8),
+      scaled=(8, 8),
+      conv=(2, 3, 4, 5),
+      adapted=(8, 6),
+      down=(8, 2),
+      up=(2, 6),
     ),
     (normal(5, 8),),
     reasons,
     [dot('up', (2, 6), (0,), (1,), 8)],
-    tuple(
-      dot(path, (8, 8), (0,), (1,), 0) for path in ('standardised', 'scaled')
+    (
+      dot('standardised', (8, 8), (0,), (1,), 0),
+      dot('scaled', (8, 8), (0,), (1,), 0),
+      conv('conv', (2, 3, 4, 5), (0, 1, 2), (3,), 0),
     ),
   )
+
+
+@odd
+def linen_weight_norm():
+  model = nn.Sequential(
+    [nn.WeightNorm(nn.Conv(6, (3,))), nn.tanh, nn.WeightNorm(nn.Dense(7))]
+  )
+  x = normal(2, 5, 4)
+  fn, params = _linen(model, x)
+  layers = (
+    conv('layers_0/layer_instance/kernel', (3, 4, 6), (0, 1), (2,), 0),
+    dot('layers_2/layer_instance/kernel', (6, 7), (0,), (1,), 0),
+  )
+  reasons = {layer.path: 'consumed by ' for layer in layers}
+  return _odd(fn, params, (x,), reasons, low_rank=layers)
 
 
 @odd

@@ -11,6 +11,7 @@ import pytest
 
 import oialr_jax as oialr
 from oialr_jax import linalg
+from oialr_jax import schedule as schedule_lib
 
 # Execution order is that of the names; the parameters lie the other way round.
 NAMES = ('first', 'second', 'third', 'fourth')
@@ -380,6 +381,164 @@ def test_an_update_is_the_same_under_jit():
   for a, b in zip(jax.tree.leaves(jitted), jax.tree.leaves(eager)):
     assert (a.shape, a.dtype) == (b.shape, b.dtype)
     np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def _shapes(x):
+  return jax.eval_shape(lambda: x)
+
+
+def _program(event, params, state, layers, schedule):
+  """As a trainer has it compiled ahead: from shapes alone."""
+  plan = schedule_lib.foresee(event, _shapes(params), layers, schedule)
+  return plan.lower(_shapes(params), _shapes(state)).compile()
+
+
+def test_an_update_by_a_program_compiled_ahead_is_the_same():
+  event, params, state, schedule = _pruning_update()
+  desired = _pruning_update_done()
+
+  program = _program(event, params, state, LAYERS, schedule)
+  actual = oialr.apply_event(
+    event, params, state, LAYERS, schedule, program=program
+  )
+
+  assert jax.tree.structure(actual) == jax.tree.structure(desired)
+  assert _bits(actual) == _bits(desired)
+
+
+def test_a_transition_by_a_program_compiled_ahead_is_the_same():
+  schedule = _schedule(prune_at_transition=True, cutoff=0.9)
+  params, layers = {'fourth': _params()['fourth']}, LAYERS[-1:]
+  state = oialr.train_sigma(optax.adam(0.1)).init(params)
+  event = schedule.event(2)
+
+  apply = functools.partial(
+    oialr.apply_event, event, params, state, layers, schedule
+  )
+  desired = apply()
+  actual = apply(program=_program(event, params, state, layers, schedule))
+
+  assert jax.tree.structure(actual) == jax.tree.structure(desired)
+  assert _bits(actual) == _bits(desired)
+  assert int(actual[2].ranks['fourth/kernel']) < 4
+
+
+def test_a_program_is_the_one_that_runs():
+  """And where nothing is known yet, under a trace, it has no part."""
+  event, params, state, schedule = _pruning_update()
+  *_, report = _pruning_update_done()
+  ran = []
+
+  def program(params, state):
+    ran.append(True)
+    finite = dict.fromkeys(PATHS, jnp.array(True))
+    found = {k: getattr(report, k) for k in ('ranks', 'spectra', 'truncation')}
+    return params, state, finite, {}, found | {'drift': {}}
+
+  apply = lambda p: oialr.apply_event(
+    event, p, state, LAYERS, schedule, program=program
+  )
+  after, _, _ = apply(params)
+  assert ran and after is params
+  traced, _, _ = jax.eval_shape(apply, params)
+  assert len(ran) == 1 and jax.tree.structure(traced)
+
+
+def test_a_program_that_meets_what_is_not_finite_says_so_too():
+  event, params, state, schedule = _pruning_update()
+  program = _program(event, params, state, LAYERS, schedule)
+  kernel = params['fourth']['kernel']
+  spoilt = dataclasses.replace(kernel, s=kernel.s.at[1, 0].set(jnp.nan))
+  bad = params | {'fourth': params['fourth'] | {'kernel': spoilt}}
+
+  with pytest.raises(ValueError, match="'fourth/kernel'.*NaN or infinity"):
+    oialr.apply_event(event, bad, state, LAYERS, schedule, program=program)
+
+
+def test_foresee_says_what_the_event_is_going_to_do():
+  mixed = _low_rank_params() | {'second': _params()['second']}
+  for schedule, step, params in (
+    (_schedule(progressive=0.25), 2, _params()),
+    (_schedule(progressive=0.5, prune_at_transition=True), 2, _params()),
+    (_schedule(progressive=0.25), 4, _low_rank_params()),
+    (_schedule(rank=3), 4, _low_rank_params()),
+    (_schedule(), 4, mixed),
+    (_measured(), 8, _params()),  # the last transition: stable or not
+    (_measured(), 4, _low_rank_params()),  # nothing is left to decide
+  ):
+    event = schedule.event(step)
+    plan = schedule_lib.foresee(event, _shapes(params), LAYERS[::-1], schedule)
+    report = _plan(schedule, step, params)
+    for name in ('converted', 'updated', 'pruned'):
+      assert {*getattr(plan, name)} == {*getattr(report, name)}, name
+    assert hash(plan) == hash(dataclasses.replace(plan))
+    assert plan == schedule_lib.foresee(event, params, LAYERS[::-1], schedule)
+
+
+def test_foresee_knows_nothing_where_stability_decides():
+  schedule = _measured()
+  for step in (2, 4, 6):
+    event = schedule.event(step)
+    assert schedule_lib.foresee(event, _params(), LAYERS, schedule) is None
+
+
+_SCALES = {'q': [4, 2, 1, 0.1], 'k': [4, 3, 0.2, 0.1], 'v': [4, 4, 3, 3]}
+_APART = tuple(
+  oialr.Layer(name, (6, 4), (0,), (1,), order=i)
+  for i, name in enumerate(_SCALES)
+)
+_FUSED = (oialr.Layer('qkv', (6, 12), (0,), (1,), blocks=3),)
+
+
+def _fused(t):
+  """Kernels side by side, or Sigmas one behind the other."""
+  q, k, v = (t[name] for name in _SCALES)
+  if q.shape == (6, 4):
+    return {'qkv': jnp.concatenate([q, k, v], axis=1)}
+  return {'qkv': jnp.stack([q, k, v])}
+
+
+def _trained(tx, params, state, grads):
+  updates, state = tx.update(grads, state, params)
+  new = optax.apply_updates(oialr.trainable(params), updates)
+  return oialr.with_trainable(params, new), state
+
+
+def test_blocks_go_through_the_events_like_kernels_of_their_own():
+  """A transition, updates that prune, and Adam's moments on the way."""
+  rng = np.random.default_rng(5)
+  basis = lambda m: np.linalg.qr(rng.normal(size=(m, 4)))[0]
+  kernel = lambda scale: basis(6) * scale @ basis(4).T
+  apart = {k: jnp.asarray(kernel(s), jnp.float32) for k, s in _SCALES.items()}
+  fused = _fused(apart)
+  tx = oialr.train_sigma(optax.adam(0.05))
+  state, fused_state = tx.init(apart), tx.init(fused)
+  schedule = _schedule(cutoff=0.5, max_drop=1.0)
+  for step in (2, 4, 6):
+    grads = jax.tree.map(
+      lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32),
+      oialr.trainable(apart),
+    )
+    apart, state = _trained(tx, apart, state, grads)
+    fused, fused_state = _trained(tx, fused, fused_state, _fused(grads))
+    apart, state, report = _apply(schedule, step, apart, state, _APART)
+    fused, fused_state, fused_report = _apply(
+      schedule, step, fused, fused_state, _FUSED
+    )
+    alike = functools.partial(np.testing.assert_allclose, atol=2e-5)
+    for moment in ('mu', 'nu'):
+      a, b = (getattr(s[0], moment) for s in (state, fused_state))
+      alike(b['qkv'], _fused(a)['qkv'])
+    for part in ('u', 's', 'vt'):
+      a = np.stack([getattr(apart[name], part) for name in _SCALES])
+      alike(getattr(fused['qkv'], part), a)
+    spectra = np.concatenate([report.spectra[name] for name in _SCALES])
+    alike(fused_report.spectra['qkv'], spectra)
+
+  ranks = [int(report.ranks[name]) for name in _SCALES]
+  assert min(ranks) < max(ranks) == int(fused_report.ranks['qkv'])
+  dense = _fused(oialr.to_dense(apart))['qkv']
+  alike(oialr.to_dense(fused)['qkv'], dense)
 
 
 def test_the_transition_keeps_the_function():
@@ -818,6 +977,16 @@ BAD_CALLS = {
       _schedule(), 2, _params(), optax.TraceState({'first': jnp.zeros(3)})
     ),
     r'opt_state.trace: does not have the structure of the parameters',
+  ),
+  'foresee_no_layers': (
+    lambda: schedule_lib.foresee(_schedule().event(2), {}, (), _schedule()),
+    r'layers is empty: no layer is there for the event',
+  ),
+  'foresee_unknown_path': (
+    lambda: schedule_lib.foresee(
+      _schedule().event(2), _params(names=NAMES[:2]), LAYERS, _schedule()
+    ),
+    r"'third/kernel': no such parameter; the tree has 4: ",
   ),
   'other_bases': (
     lambda: _apply(

@@ -132,6 +132,20 @@ def test_the_factors_keep_the_axes_of_the_kernel():
     (2, 3, 5, 5),
     (2, 3, 5, 5),
   )
+  # Blocks are an axis of their own, in front of what is left of the columns.
+  assert shapes(low['qkv']) == ((3, 12, 5), (3, 5, 5), (3, 5, 5))
+  assert shapes(low['heads']) == (
+    (3, 2, 12, 5),
+    (3, 2, 5, 5),
+    (3, 2, 5, 1, 1, 5),
+  )
+  assert shapes(low['half_heads']) == ((2, 5, 5), (2, 5, 5), (2, 5, 2, 6))
+  assert shapes(low['grouped']) == ((2, 3, 2, 2, 5), (2, 5, 5), (2, 5, 5))
+  assert shapes(low['split_stack']) == (
+    (2, 3, 2, 12, 5),
+    (2, 3, 2, 5, 5),
+    (2, 3, 2, 5, 5),
+  )
 
 
 @pytest.mark.parametrize(
@@ -402,6 +416,41 @@ def test_prune_sigma_takes_the_paths_that_it_is_given(states):
   assert kernels.live_rank(after['square']) == 3
 
 
+def test_every_block_is_pruned_by_its_own_singular_values(mode):
+  rng, layer = np.random.default_rng(0), kernels.BY_PATH['qkv']
+  u, v = (kernels.orthonormal(rng, 3, n, 5) for n in (12, 5))
+  values = np.array([[5.0, 4, 3, 2.6, 2.5], [9, 8, 1, 1, 1], [1, 1, 1, 1, 0.9]])
+  w = (u * values[:, None]) @ v.swapaxes(-1, -2)  # q, k and v
+  params = {'qkv': kernels.array(np.concatenate([*w], axis=-1), 'float32')}
+  prune = lambda p: oialr.prune_sigma(
+    oialr.to_lowrank(p, [layer]), cutoff=0.55, max_drop=1.0
+  )
+  low = kernels.modes(prune)[mode](params)
+  _, s, _ = kernels.factors(low['qkv'])
+  kept = np.where(values >= 0.55 * values[:, :1], values, 0)
+  assert np.sum(kept > 0, axis=-1).tolist() == [3, 2, 5]
+  np.testing.assert_allclose(s, [np.diag(x) for x in kept], atol=2e-5)
+  assert oialr.ranks(low) == {'qkv': 5}  # of blocks as of a stack, the largest
+  error = kernels.error(
+    oialr.to_dense(low)['qkv'],
+    np.concatenate([*(u * kept[:, None]) @ v.swapaxes(-1, -2)], axis=-1),
+  )
+  assert error < kernels.TOLERANCE['float32']
+
+
+def test_a_rank_is_that_of_every_block():
+  layers = [kernels.BY_PATH['qkv'], kernels.BY_PATH['heads']]
+  params = kernels.random_params(layers)
+  low = oialr.to_lowrank(params, layers, rank={'qkv': 2, 'heads': 1})
+  for layer, r in zip(layers, (2, 1)):
+    w = kernels.matrices(params[layer.path], layer)
+    u, s, vt = np.linalg.svd(w, full_matrices=False)
+    best = (u[..., :r] * s[:, None, :r]) @ vt[:, :r]
+    found = kernels.matrices(kernels.product(low[layer.path], layer), layer)
+    assert low[layer.path].rank == r
+    assert kernels.error(found, best) < kernels.TOLERANCE['float32']
+
+
 _GOLDEN = json.loads((_DATA / 'oialr_rank_rule.json').read_text())
 
 
@@ -509,6 +558,73 @@ def test_compact_changes_no_output():
     u, s, vt = kernels.factors(small['kernel'])
     for spare in (u[..., 10:], s[:, 10:], s[:, :, 10:], vt[:, 10:]):
       assert not np.any(spare)
+
+
+def test_compact_to_ranks_that_are_given(states):
+  before = states['pruned_trained']
+  live = oialr.ranks(before)
+  assert live['square'] < 5 and live['tall'] < 5
+  ranks = {'square': live['square'] + 1, 'tall': live['tall'], 'wide': 9}
+  after = oialr.compact(before, ranks=ranks)
+  for path, rank in (ranks | {'wide': 5}).items():
+    assert after[path].rank == rank
+  _assert_same_product(after, before, 1e-12)
+  # What there is no more to slice of, and what is not named, stays.
+  for path in kernels.BY_PATH:
+    assert (after[path] is before[path]) == (path not in ('square', 'tall'))
+
+
+def test_compact_to_the_ranks_of_before_the_last_pruning(states):
+  first = states['pruned_trained']
+  ranks = transforms.compact_ranks(first, multiple_of=2)
+  later = oialr.prune_sigma(first, cutoff=0.9)
+  assert transforms.compact_ranks(later) != ranks
+  shapes = lambda t: jax.tree.map(jnp.shape, t)
+  sliced = oialr.compact(later, ranks=ranks)
+  assert shapes(sliced) == shapes(oialr.compact(first, multiple_of=2))
+  _assert_same_product(sliced, later, 1e-12)
+
+
+def test_rounded_up_is_at_most_the_rank_there_is():
+  params = oialr.to_lowrank(
+    kernels.random_params(),
+    [kernels.BY_PATH['tall'], kernels.BY_PATH['square']],
+  )
+  live = {'tall': 2, 'square': np.int32(5), 'of another tree': 1}
+  for multiple_of, expected in ((1, (2, 5)), (3, (3, 6)), (4, (4, 6))):
+    found = transforms.rounded_up(params, live, multiple_of)
+    assert found == dict(zip(('tall', 'square'), expected))
+    assert {type(x) for x in found.values()} == {int}
+
+
+def test_sliced_is_traceable(mode):
+  for path in ('conv', 'heads', 'split_stack'):
+    layer = kernels.BY_PATH[path]
+    x = oialr.to_lowrank(kernels.random_params([layer]), [layer])[path]
+    small = kernels.modes(lambda x: transforms.sliced(x, 2))[mode](x)
+    u, s, vt = kernels.factors(x)
+    expected = u[..., :2], s[:, :2, :2], vt[:, :2]
+    for a, b in zip(kernels.factors(small), expected, strict=True):
+      np.testing.assert_array_equal(a, b)
+    assert (small.shape, small.view) == (x.shape, x.view)
+    assert transforms.sliced(x, x.rank) is x
+    assert transforms.sliced(x, 99) is x
+
+
+def test_replaced_changes_these_paths_alone():
+  low = _low()
+  params = {'a': low, 'b': [low['kernel'], low['bias']]}
+  new = {'a/kernel': jnp.zeros(3), 'b/1': 'a name', 'c': 1}
+  out = transforms.replaced(params, new)
+  assert out['a']['kernel'] is new['a/kernel']
+  assert out['b'] == [low['kernel'], 'a name']
+  assert out['a']['bias'] is low['bias']
+
+
+def test_check_flags_names_what_is_not_finite():
+  transforms.check_flags({'a': jnp.array(True), 'b': np.True_})
+  with pytest.raises(ValueError, match="'b': Sigma holds NaN or infinity; it"):
+    transforms.check_flags({'a': True, 'b': jnp.array(False)}, 'Sigma')
 
 
 def test_to_factors_takes_the_smaller_form(states, dtype):
@@ -675,6 +791,14 @@ _BAD_CALLS = [
     ValueError,
     r"'kernel': rank 6 exceeds min\(m, n\) = 5",
     id='rank_too_large_in_a_mapping',
+  ),
+  pytest.param(
+    lambda: oialr.to_lowrank(
+      kernels.random_params(), [kernels.BY_PATH['qkv']], rank=6
+    ),
+    ValueError,
+    r"'qkv': rank 6 exceeds min\(m, n\) = 5 of its \(12, 5\) matrix",
+    id='rank_too_large_for_a_block',
   ),
   pytest.param(
     lambda: _convert(rank=0),
@@ -877,6 +1001,24 @@ _BAD_CALLS = [
     ValueError,
     r'multiple_of=0: must be at least 1',
     id='compact_to_multiples_of_zero',
+  ),
+  pytest.param(
+    lambda: oialr.compact(_low(), ranks={'kernel': 4}),
+    ValueError,
+    r"'kernel': rank 4 is less than the 5 directions that are live; prune_sig",
+    id='compact_to_less_than_is_live',
+  ),
+  pytest.param(
+    lambda: oialr.compact(_low(), ranks={'bias': 4}),
+    ValueError,
+    r"'bias': no such low-rank leaf; the tree has 1: 'kernel'",
+    id='compact_of_an_unknown_path',
+  ),
+  pytest.param(
+    lambda: oialr.compact(_low(), ranks={'kernel': 5}, multiple_of=8),
+    ValueError,
+    r'multiple_of=8: ranks say already what to leave; drop one of the two',
+    id='compact_to_ranks_and_multiples',
   ),
   pytest.param(
     lambda: jax.jit(oialr.compact)(_low()),

@@ -154,6 +154,16 @@ def test_flatten_stops_at_nodes():
   assert list(tree.flatten(low, oialr.is_low_rank)) == ['bias', 'tall']
 
 
+def test_paths_are_those_of_flatten_where_they_are_unique():
+  nested = {'b': [1, {'c': 2}], 'a': None, 'd': (np.ones(2),)}
+  assert (
+    tree.paths(nested) == [*tree.flatten(nested)] == ['b/0', 'b/1/c', 'd/0']
+  )
+  assert tree.paths({'a': {'b': 1}, 'a/b': 2}) == ['a/b', 'a/b']
+  is_leaf = lambda x: isinstance(x, list)
+  assert tree.paths(nested, is_leaf) == ['b', 'd/0']
+
+
 def test_map_with_path_keeps_the_structure():
   params = {'a': [1, 2], 'b': {'c': 3}}
   found = tree.map_with_path(
@@ -189,6 +199,13 @@ def test_check_known_shows_what_there_is(known, message):
   with pytest.raises(ValueError, match=message):
     tree.check_known([*known, 'x'], known, 'layer')
   tree.check_known(known, known, 'layer')
+
+
+def test_a_pattern_that_is_none_is_named():
+  assert tree.pattern('include', 'b.0$').search('blocks/b_0')
+  message = r"include='\[': not a regular expression: unterminated"
+  with pytest.raises(ValueError, match=message):
+    tree.pattern('include', '[')
 
 
 def test_is_concrete():

@@ -119,6 +119,16 @@ def test_a_split_axis_is_major_and_minor_atoms():
   assert again.axes[2:] == ((Atom(1, 2, 2),), (Atom(1, 1, 2),))
 
 
+@pytest.mark.parametrize('order', [(2, 0, 1), (1, 2, 0), (0, 1, 2)])
+def test_a_reshape_may_transpose_first(order):
+  """As `vmap` of a convolution does with its kernel."""
+  kernel = np.arange(24).reshape(2, 3, 4)
+  moved = kernel.transpose(order)
+  shape = (moved.shape[0], 24 // moved.shape[0])
+  view = _follow(lambda w: lax.reshape(w, shape, order), (2, 3, 4))
+  np.testing.assert_array_equal(_gather(kernel, view), moved.reshape(shape))
+
+
 def test_a_merged_axis_is_several_atoms():
   view = _follow(lambda w: w.reshape(6, 4), (2, 3, 4))
   assert view.axes == ((Atom(0, 1, 2), Atom(1, 1, 3)), (Atom(2, 1, 4),))
