@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 import dataclasses
 import functools
 import logging
+import re
 from typing import Any
 
 import jax
@@ -53,12 +54,13 @@ def factored(
     A function with the signature of fn. Gradients reach Sigma, not U and V.
 
   Raises:
-    ValueError: contraction has another value, or a pattern is none.
+    ValueError: contraction has another value, or a pattern is none; when
+      called, a pattern matches no leaf of the arguments.
     TypeError: fn is not callable.
   """
   if not callable(fn):
     raise TypeError(f'fn={fn!r}: must be a function of the parameters.')
-  way_of = _ways(contraction)
+  ways = _ways(contraction)
 
   @functools.wraps(fn)
   def wrapped(*args, **kwargs):
@@ -72,31 +74,38 @@ def factored(
       for argument in (*args, *(kwargs[k] for k in sorted(kwargs)))
       for path in tree.paths(argument, lowrank.is_factored)
     ]
-    entered = [products.enter(x, way_of(paths[i])) for i, x in operands.items()]
+    ways_of = _by_path(ways, paths)
+    entered = [products.enter(x, ways_of[i]) for i, x in operands.items()]
     return jax.tree.unflatten(out, _run(jaxpr, entered))
 
   return wrapped
 
 
-def _ways(contraction: Contraction) -> Callable[[str], str]:
-  """The way of every path."""
-  rules = contraction
+def _ways(contraction: Contraction) -> dict[re.Pattern[str], str]:
+  """The ways by pattern of the path."""
+  ways = contraction
   if not isinstance(contraction, Mapping):
-    rules = {'': contraction}
-  for way in rules.values():
+    ways = {'': contraction}
+  for way in ways.values():
     if way not in (products.AUTO, *cost.WAYS):
       raise ValueError(
         f'contraction={contraction!r}: must be one of {products.AUTO}, '
         f'{", ".join(cost.WAYS)}, or a mapping from patterns to these.'
       )
-  patterns = {tree.pattern('contraction', p): w for p, w in rules.items()}
+  return {tree.pattern('contraction', p): way for p, way in ways.items()}
 
-  def way_of(path: str) -> str:
-    return next(
-      (w for p, w in patterns.items() if p.search(path)), products.AUTO
-    )
 
-  return way_of
+def _by_path(ways: dict[re.Pattern[str], str], paths: list[str]) -> list[str]:
+  """The way of every path; the first pattern that matches says it."""
+  for pattern in ways:
+    if not any(map(pattern.search, paths)):
+      shown = ', '.join(map(repr, paths[:5]))
+      raise ValueError(
+        f'contraction={pattern.pattern!r}: matches none of {len(paths)} leaves '
+        f'of the arguments: {shown}{", ..." if len(paths) > 5 else ""}.'
+      )
+  matching = lambda path: (w for p, w in ways.items() if p.search(path))
+  return [next(matching(path), products.AUTO) for path in paths]
 
 
 def _run(jaxpr: jex.ClosedJaxpr, operands: list) -> list[Array]:
