@@ -23,7 +23,6 @@ PyTree = Any
 Manifest = dict[str, Any]
 
 _SEAL = 'digests.json'
-_METRICS = 'metrics'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +74,7 @@ class Checkpoints:
 
   def __init__(self, folder: str | os.PathLike, keep: Keep = Keep()):  # noqa: B008
     self.folder = pathlib.Path(folder).absolute()
+    self._unsealed: set[int] = set()  # of what was saved here
     self._manager = ocp.CheckpointManager(
       self.folder,
       item_names=('arrays', 'manifest'),
@@ -129,6 +129,7 @@ class Checkpoints:
       )
     except Exception as e:
       raise self._failed(e) from e
+    self._unsealed.add(step)
 
   def wait(self):
     """Until everything is written and sealed.
@@ -206,15 +207,19 @@ class Checkpoints:
     return self._manager.restore(step, args=ocp.args.Composite(**items))
 
   def _seal(self):
-    """Writes the digests of what Orbax has completed."""
+    """Writes the digests of what was saved here and Orbax has completed.
+
+    Nothing else gets a seal: nobody knows whether it still is what was saved.
+    """
     if jax.process_index():
       return
-    for path in self.folder.iterdir():
-      complete = path.name.isdigit() and ocp.utils.is_checkpoint_finalized(path)
-      if complete and not (path / _SEAL).exists():
+    for step in sorted(self._unsealed):
+      path = self.folder / str(step)
+      if path.exists() and ocp.utils.is_checkpoint_finalized(path):
         temporary = path / f'{_SEAL}.tmp'
         temporary.write_text(json.dumps(_digests(path)))
         os.replace(temporary, path / _SEAL)
+        self._unsealed.discard(step)
 
   def _damage(self, step: int) -> str:
     """What is wrong with a checkpoint; '' if nothing is."""

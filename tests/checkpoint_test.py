@@ -148,6 +148,16 @@ def test_what_was_not_finished_is_not_loaded(tmp_path):
   assert _restore(tmp_path)[0] == 2
 
 
+def test_reading_seals_nothing(tmp_path):
+  """What has lost its seal may have lost more, unseen."""
+  _save(tmp_path, [1, 2])
+  (tmp_path / '2' / 'digests.json').unlink()
+  for _ in range(2):
+    assert _restore(tmp_path)[0] == 1
+  _save(tmp_path, [3])
+  assert not (tmp_path / '2' / 'digests.json').exists()
+
+
 @pytest.mark.parametrize('at', ['save', 'wait_until_finished'])
 def test_a_full_disk_is_a_clear_error(tmp_path, monkeypatch, at):
   full = OSError(errno.ENOSPC, 'No space left on device')
