@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from matplotlib import figure as mpl
 import optax
 
+from experiments import tables
 import oialr_jax as oialr
 from oialr_jax import models
 from oialr_jax import training
@@ -200,14 +201,7 @@ def show(rows: list[dict[str, Any]]) -> str:
   """The rows as a table."""
   cell = lambda v: '' if v is None else v if isinstance(v, str) else f'{v:.4g}'
   lines = [[*rows[0]], *([cell(v) for v in row.values()] for row in rows)]
-  widths = [max(map(len, column)) for column in zip(*lines)]
-  return '\n'.join(
-    '  '.join(
-      c.rjust(w) if i else c.ljust(w)
-      for i, (c, w) in enumerate(zip(line, widths))
-    )
-    for line in lines
-  )
+  return tables.aligned(lines)
 
 
 def plot(rows: list[dict[str, Any]], title: str) -> mpl.Figure:

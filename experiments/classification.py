@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from experiments import tables
 import oialr_jax as oialr
 from oialr_jax import data
 from oialr_jax import report
@@ -167,14 +168,7 @@ def table(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
   for name in names:
     cells = [[run.get(name) for run in runs] for runs in rows.values()]
     lines.append([name, *map(_cell, cells)])
-  widths = [max(map(len, column)) for column in zip(*lines)]
-  return '\n'.join(
-    '  '.join(
-      c.rjust(w) if i else c.ljust(w)
-      for i, (c, w) in enumerate(zip(line, widths))
-    )
-    for line in lines
-  )
+  return tables.aligned(lines)
 
 
 def write_report(workdir: pathlib.Path, results: Mapping[str, training.Result]):

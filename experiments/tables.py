@@ -1,0 +1,15 @@
+"""Tables that the binaries print."""
+
+from collections.abc import Sequence
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+  """Cells in columns: the first one to the left, the others to the right."""
+  widths = [max(map(len, column)) for column in zip(*lines)]
+  return '\n'.join(
+    '  '.join(
+      c.rjust(w) if i else c.ljust(w)
+      for i, (c, w) in enumerate(zip(line, widths))
+    )
+    for line in lines
+  )
