@@ -6,7 +6,7 @@ files, is put into it as the seal. What has no seal was not finished, what does 
 fit its seal is damaged: neither is ever loaded.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import hashlib
 import json
@@ -16,6 +16,8 @@ from typing import Any
 
 from absl import logging
 import jax
+from jax.experimental import multihost_utils
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
@@ -184,24 +186,30 @@ class Checkpoints:
         says that the manifest is of another run.
     """
     steps = self.steps() if step is None else [step]
-    damaged = []
-    for at in steps:
-      why = self._damage(at)
-      if why:
-        logging.warning(
-          'checkpoint %s is damaged: %s', self.folder / f'{at}', why
-        )
-        damaged.append(f'{at} ({why})')
-        continue
-      manifest = self._read(at, manifest=ocp.args.JsonRestore()).manifest
-      arrays = ocp.args.StandardRestore(like(manifest))
-      return at, self._read(at, arrays=arrays).arrays, manifest
+    at, damaged = _agreed(self._intact(steps))
     if damaged:
       raise ValueError(
-        f'{self.folder}: no checkpoint is intact: {", ".join(damaged)}. Copy '
-        'one back, or start in another folder.'
+        f'{self.folder}: no checkpoint is intact: {damaged}. Copy one back, or '
+        'start in another folder.'
       )
-    return None
+    if at is None:
+      return None
+    manifest = self._read(at, manifest=ocp.args.JsonRestore()).manifest
+    arrays = ocp.args.StandardRestore(like(manifest))
+    return at, self._read(at, arrays=arrays).arrays, manifest
+
+  def _intact(self, steps: Sequence[int]) -> tuple[int | None, str]:
+    """The first of the steps that is intact; else what is wrong with all."""
+    damaged = []
+    for step in steps if jax.process_index() == 0 else ():
+      why = self._damage(step)
+      if not why:
+        return step, ''
+      logging.warning(
+        'checkpoint %s is damaged: %s', self.folder / f'{step}', why
+      )
+      damaged.append(f'{step} ({why})')
+    return None, ', '.join(damaged)
 
   def _read(self, step: int, **items: Any) -> Any:
     return self._manager.restore(step, args=ocp.args.Composite(**items))
@@ -243,6 +251,17 @@ class Checkpoints:
     return OSError(
       f'{self.folder}: a checkpoint could not be written ({error}); {last}.'
     )
+
+
+def _agreed(found: tuple[int | None, str]) -> tuple[int | None, str]:
+  """What the first process found, in all of them."""
+  if jax.process_count() == 1:
+    return found
+  text = np.zeros(8192, np.uint8)
+  mine = json.dumps([found[0], found[1][:1000]]).encode()
+  text[: len(mine)] = np.frombuffer(mine, np.uint8)
+  text = multihost_utils.broadcast_one_to_all(text)
+  return tuple(json.loads(bytes(text).rstrip(b'\0')))
 
 
 def _digests(folder: pathlib.Path) -> dict[str, str]:

@@ -35,7 +35,10 @@ _log = logging.getLogger(__name__)
 
 
 def factored(
-  fn: Callable[..., Any], *, contraction: Contraction = products.AUTO
+  fn: Callable[..., Any],
+  *,
+  contraction: Contraction = products.AUTO,
+  shards: int = 1,
 ) -> Callable[..., Any]:
   """Returns fn with `LowRank` and `Factors` leaves allowed in any argument.
 
@@ -49,17 +52,21 @@ def factored(
       'factors', 'precontract', 'materialise' for all layers. A mapping gives
       one of the four to the paths that a regular expression matches
       (`re.search`, the first that does; 'auto' where none does).
+    shards: devices that a batch is split over: of the rows of activations each
+      has a part, of what is done to factors alone nothing.
 
   Returns:
     A function with the signature of fn. Gradients reach Sigma, not U and V.
 
   Raises:
-    ValueError: contraction has another value, or a pattern is none; when
-      called, a pattern matches no leaf of the arguments.
+    ValueError: contraction or shards has another value, or a pattern is none;
+      when called, a pattern matches no leaf of the arguments.
     TypeError: fn is not callable.
   """
   if not callable(fn):
     raise TypeError(f'fn={fn!r}: must be a function of the parameters.')
+  if shards < 1:
+    raise ValueError(f'shards={shards}: must be at least 1.')
   ways = _ways(contraction)
 
   @functools.wraps(fn)
@@ -75,7 +82,9 @@ def factored(
       for path in tree.paths(argument, lowrank.is_factored)
     ]
     ways_of = _by_path(ways, paths)
-    entered = [products.enter(x, ways_of[i]) for i, x in operands.items()]
+    entered = [
+      products.enter(x, ways_of[i], shards) for i, x in operands.items()
+    ]
     return jax.tree.unflatten(out, _run(jaxpr, entered))
 
   return wrapped

@@ -47,12 +47,14 @@ class Kernel:
     view: the axes of the kernel now.
     dtype: the kernel's dtype now.
     way: to multiply by it, or 'auto'.
+    shards: devices that the rows of activations are split over.
   """
 
   node: lowrank.LowRank | lowrank.Factors
   view: views.View
   dtype: Any
   way: str
+  shards: int = 1
 
   @property
   def lead(self) -> int:
@@ -103,14 +105,14 @@ class Kernel:
     )
 
 
-def enter(x: Any, way: str) -> Any:
+def enter(x: Any, way: str, shards: int = 1) -> Any:
   """What takes the place of a node in the program; x itself if it is none."""
   if not lowrank.is_factored(x):
     return x
   view = views.View.of(x.view.cut(x.shape))
   if x.view.blocks:
     view = view.reshape(x.shape)
-  return Kernel(x, view, x.dtype, way)
+  return Kernel(x, view, x.dtype, way, shards)
 
 
 def leave(x: Any, precision: lax.PrecisionLike = None) -> Any:
@@ -238,7 +240,7 @@ def _way(kernel: Kernel, forward: bool, tokens: int) -> str:
     return kernel.way
   _, m, n = lowrank.matrix_shape(kernel.node)
   m, n = (m, n) if forward else (n, m)
-  return cost.cheapest(tokens, m, n, kernel.node.rank)
+  return cost.cheapest(tokens // kernel.shards, m, n, kernel.node.rank)
 
 
 def _place(atom: views.Atom) -> tuple[int, int]:

@@ -73,9 +73,12 @@ class Schedule:
     keep_first: keep the first layer full-rank, see `select`.
     keep_last: keep the last layer full-rank, see `select`.
     policy: what becomes of the optimiser's state, see `transport`.
+    basis_dtype: that bases are stored in, see `to_lowrank`; a name, such as
+      'bfloat16'.
 
   Raises:
     ValueError: a value is out of range, or two contradict each other.
+    TypeError: basis_dtype is no floating dtype.
   """
 
   steps: int
@@ -93,8 +96,10 @@ class Schedule:
   keep_first: bool = False
   keep_last: bool = True
   policy: str = optimizer.TRANSPORT
+  basis_dtype: str | None = None
 
   def __post_init__(self):
+    transforms.check_basis_dtype(self.basis_dtype)
     if self.steps < 1:
       raise ValueError(f'steps={self.steps}: must be at least 1.')
     if self.every < 1:
@@ -340,6 +345,7 @@ class Plan:
     max_drop: the largest share that is dropped.
     floor: the share of min(m, n) below which no rank falls.
     policy: what becomes of the optimiser's state.
+    basis_dtype: that bases are stored in.
   """
 
   paths: tuple[str, ...]
@@ -351,6 +357,7 @@ class Plan:
   max_drop: float
   floor: float
   policy: str
+  basis_dtype: str | None
 
   @property
   def converted(self) -> tuple[str, ...]:
@@ -384,11 +391,25 @@ class Plan:
       max_drop=schedule.max_drop,
       floor=schedule.floor,
       policy=schedule.policy,
+      basis_dtype=schedule.basis_dtype,
     )
 
-  def lower(self, params: PyTree, opt_state: PyTree) -> jax.stages.Lowered:
-    """The event's program, to be compiled; shapes do as arguments."""
-    return _jitted().lower(self, params, opt_state)
+  def lower(
+    self,
+    params: PyTree,
+    opt_state: PyTree,
+    *,
+    place: Callable[..., Any] | None = None,
+  ) -> jax.stages.Lowered:
+    """The event's program, to be compiled.
+
+    Args:
+      params: parameters, or their shapes.
+      opt_state: likewise.
+      place: constrains where the results are, `(params, opt_state, others) ->
+        params, opt_state, others`; hashable.
+    """
+    return _jitted().lower(self, params, opt_state, place)
 
 
 def _looked_up(params: PyTree, layers: Layers):
@@ -402,17 +423,23 @@ def _looked_up(params: PyTree, layers: Layers):
   return layers, leaves, dense
 
 
-def _do(plan: Plan, params: PyTree, opt_state: PyTree):
+def _do(plan: Plan, params: PyTree, opt_state: PyTree, place=None):
   """Converts, aligns and prunes; the optimiser's state follows at once."""
   new, spectra = params, {}
   leaves = tree.flatten(params, lowrank.is_factored)
   finite = {p: jnp.all(jnp.isfinite(_values(leaves[p]))) for p in plan.paths}
   if plan.converting:
-    full = transforms.to_lowrank(new, plan.converting)
+    convert = functools.partial(
+      transforms.to_lowrank,
+      params,
+      plan.converting,
+      basis_dtype=plan.basis_dtype,
+    )
+    full = convert()
     spectra |= _spectra(full, plan.converted)
     new = full
     if plan.rank is not None:
-      new = transforms.to_lowrank(params, plan.converting, rank=_fit(plan))
+      new = convert(rank=_fit(plan))
   if plan.updated:
     if plan.converting:
       nodes = transforms.low_rank_leaves(new)
@@ -440,7 +467,10 @@ def _do(plan: Plan, params: PyTree, opt_state: PyTree):
     truncation={p: _lost(spectra[p], kept[p]) for p in spectra},
     drift=metrics.drift(new),
   )
-  return new, opt_state, finite, aligned, found
+  others = finite, aligned, found
+  if place is not None:
+    new, opt_state, others = place(new, opt_state, others)
+  return new, opt_state, *others
 
 
 @functools.cache
@@ -457,7 +487,7 @@ def _jitted():
       'xla_cpu_use_fusion_emitters': False,
     }
   known = {k: v for k, v in options.items() if _compiles({k: v})}
-  return jax.jit(_do, static_argnums=0, compiler_options=known or None)
+  return jax.jit(_do, static_argnums=(0, 3), compiler_options=known or None)
 
 
 def _compiles(options: dict[str, Any]) -> bool:

@@ -18,6 +18,8 @@ LEVELS = {
   'tree': 0,
   'lowrank': 1,
   'linalg': 1,
+  'jacobi': 1,
+  'spread': 1,
   'jaxprs': 1,
   'views': 1,
   'cost': 1,
@@ -33,6 +35,7 @@ LEVELS = {
   'data': 4,
   'sharding': 4,
   'checkpoint': 4,
+  'export': 4,
   'report': 4,
   'training': 5,
 }

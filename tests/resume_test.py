@@ -207,3 +207,105 @@ def test_checkpoints_want_a_folder():
     fit(checkpoint_every=3)
   with pytest.raises(ValueError, match='want a workdir'):
     fit(resume=True)
+
+
+class SpoilOnce(Spoil):
+  """Spoils the batch of one step, the first time that it is asked for."""
+
+  def __init__(self, step):
+    super().__init__(step)
+    self.count = 0
+
+  def apply(self, batch, step):
+    del step
+    self.count += 1
+    spoilt = self.count == self.step
+    return {**batch, 'x': batch['x'] * (np.inf if spoilt else 1)}
+
+
+def test_a_rollback_leaves_the_batches_out_that_led_there(tmp_path):
+  spoil = SpoilOnce(13)
+  result = fit(
+    tmp_path,
+    data=batches().map(spoil.apply),
+    checkpoint_every=5,
+    rollbacks=1,
+    log_every=5,
+  )
+  (back,) = result.select('rollback')
+  assert back['step'] == 10 and 'nan at step 13' in back['reason']
+  assert int(result.state.step) == STEPS
+  # Batches up to that of the step where it was noticed are left out.
+  assert spoil.count > STEPS + 4
+  losses = np.concatenate([r['losses'] for r in result.select('train')])
+  assert len(losses) == STEPS and np.isfinite(losses).all()
+  lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
+  assert [json.loads(x) for x in lines] == list(result.records)
+
+
+def test_a_run_that_went_back_can_be_resumed(tmp_path):
+  options = dict(checkpoint_every=5, rollbacks=1, log_every=5)
+  once = fit(
+    tmp_path / 'once', data=batches().map(SpoilOnce(13).apply), **options
+  )
+  spoil = SpoilOnce(13)
+  with pytest.raises(KeyboardInterrupt):
+    fit(
+      tmp_path / 'twice',
+      data=batches().map(spoil.apply),
+      callbacks=[Stop(22)],
+      **options,
+    )
+  again = fit(tmp_path / 'twice', resume=True, **options)
+  assert_same(again, once)
+
+
+def test_rollbacks_come_to_an_end(tmp_path):
+  spoil = Spoil(12)
+  with pytest.raises(FloatingPointError, match=r'nan at step 1\d'):
+    fit(
+      tmp_path,
+      data=batches().map(spoil.apply),
+      callbacks=[spoil],
+      checkpoint_every=5,
+      rollbacks=2,
+      log_every=5,
+    )
+
+
+def test_rollbacks_want_checkpoints(tmp_path):
+  with pytest.raises(ValueError, match='rollbacks=1: there is nothing to go'):
+    fit(tmp_path, rollbacks=1)
+
+
+def test_a_run_that_begins_with_low_ranks_is_resumed(tmp_path):
+  params, _, loss, _, _, _ = training_test.problem(training_test.Net())
+  example = next(batches())
+  layers = oialr.find_layers(loss, params, {}, example, jax.random.key(0))
+  low = oialr.to_lowrank(params, oialr.select(layers), rank=0.5)
+
+  def run(folder, **options):
+    return training.fit(
+      loss,
+      low,
+      batches(),
+      optimizer=optax.adam(1e-2),
+      steps=12,
+      workdir=folder,
+      checkpoint_every=4,
+      **options,
+    )
+
+  with pytest.raises(KeyboardInterrupt):
+    run(tmp_path / 'twice', callbacks=[Stop(7)])
+  assert_same(run(tmp_path / 'twice', resume=True), run(tmp_path / 'once'))
+
+
+def test_a_torn_record_does_not_keep_a_run_from_resuming(tmp_path, whole):
+  with pytest.raises(KeyboardInterrupt):
+    fit(tmp_path, checkpoint_every=5, callbacks=[Stop(22)])
+  file = tmp_path / 'metrics.jsonl'
+  lines = file.read_text().splitlines()
+  file.write_text('\n'.join([lines[0][:20], *lines[1:]]))
+  result = fit(tmp_path, resume=True)
+  jax.tree.map(np.testing.assert_array_equal, result.state, whole.state)

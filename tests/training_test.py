@@ -378,37 +378,6 @@ def test_stop_at_leaves_the_rest_of_the_run_as_it_was():
   np.testing.assert_array_equal(losses(result), losses(fit())[:12])
 
 
-def test_a_callback_hears_of_everything_and_is_closed_on_failure():
-  class Spy(training.Callback):
-    def __init__(self):
-      self.kinds, self.steps, self.closed = [], 0, False
-
-    def on_record(self, record):
-      self.kinds.append(record['kind'])
-
-    def on_step(self, step):
-      self.steps = step
-
-    def close(self):
-      self.closed = True
-
-  spy = Spy()
-  fit(callbacks=[spy])
-  assert {'train', 'event', 'compaction', 'eval', 'end'} <= set(spy.kinds)
-  assert spy.steps == STEPS and spy.closed
-  spy = Spy()
-  with pytest.raises(ValueError, match='data ended'):
-    fit(callbacks=[spy], data=[next(problem(Net())[4]())])
-  assert spy.closed
-
-
-def test_progress_prints_a_line_for_every_event(capsys):
-  fit(callbacks=[training.Progress('run')])
-  shown = capsys.readouterr().err
-  assert 'transition  first/kernel dense->12' in shown
-  assert 'evaluation  accuracy' in shown
-
-
 @pytest.mark.parametrize(
   'options, message',
   [
@@ -437,3 +406,85 @@ def test_wrong_compactions():
 def test_a_diverging_loss_stops_the_run_with_its_step():
   with pytest.raises(FloatingPointError, match='loss is (nan|inf) at step'):
     fit(schedule=None, optimizer=optax.sgd(1e30))
+
+
+# What a step is made of.
+
+
+@pytest.mark.parametrize('accumulate', [2, 8])
+def test_accumulated_steps_are_steps_of_the_whole_batch(accumulate):
+  whole, parts = fit(), fit(accumulate=accumulate)
+  np.testing.assert_allclose(losses(parts), losses(whole), rtol=1e-4)
+  assert oialr.ranks(parts.params) == oialr.ranks(whole.params)
+
+
+def test_what_a_model_carries_goes_through_all_parts():
+  """Of two parts the running mean has seen both, one after the other."""
+  result = fit(Net(norm=True), steps=1, schedule=None, accumulate=2)
+  params, state, loss, _, batches, _ = problem(Net(norm=True))
+  batch = next(batches())
+  for i in range(2):
+    part = {k: x[i::2] for k, x in batch.items()}
+    _, (state, _) = loss(params, state, part, None)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5),
+    result.state.model_state,
+    state,
+  )
+
+
+def test_parts_have_to_divide_the_batch():
+  with pytest.raises(ValueError, match=r"accumulate=5: .* 32 examples.*'x'"):
+    fit(accumulate=5)
+  with pytest.raises(ValueError, match='accumulate=0: must be at least 1'):
+    fit(accumulate=0)
+
+
+@pytest.mark.parametrize(
+  'remat', [True, jax.checkpoint_policies.nothing_saveable]
+)
+def test_what_is_computed_again_is_the_same(remat):
+  np.testing.assert_allclose(losses(fit(remat=remat)), losses(fit()), rtol=1e-5)
+
+
+def test_products_with_weights_are_all_that_is_kept():
+  def loss(params, model_state, batch, key):
+    del key
+    x = jnp.tanh(batch['x'] @ params['a'])
+    return jnp.mean((x @ params['b']) ** 2), (model_state, {})
+
+  params = {'a': jnp.ones((8, 8)), 'b': jnp.ones((8, 1))}
+  tx = oialr.train_sigma(optax.sgd(0.1))
+  state = training.TrainState(
+    jnp.zeros((), jnp.int32), params, tx.init(params), {}
+  )
+
+  def computed(remat):
+    step = training.train_step(loss, tx, remat=remat)
+    program = jax.make_jaxpr(step)(
+      state, {'x': jnp.ones((4, 8))}, jax.random.key(0)
+    )
+    return [str(program).count(name) for name in ('= tanh', '= dot_general')]
+
+  # Of two products there are two gradients of weights and one of an input.
+  assert computed(False) == [1, 5]
+  assert computed(True) == [2, 5]
+  assert computed(jax.checkpoint_policies.nothing_saveable) == [2, 7]
+
+
+def test_bases_in_bfloat16_train():
+  schedule = oialr.Schedule(
+    steps=STEPS, delay=9, every=7, progressive=1.0, basis_dtype='bfloat16'
+  )
+  result = fit(schedule=schedule)
+  node = result.params['first']['kernel']
+  assert node.u.dtype == jnp.bfloat16 and node.s.dtype == jnp.float32
+  assert losses(result)[-5:].mean() < 0.7 * losses(result)[:5].mean()
+
+
+def test_the_change_of_the_loss_by_an_event_is_measured():
+  events = fit(probe=True).select('event')
+  assert events[0]['change'] < 1e-5  # nothing is pruned at the transition
+  assert all(0 < e['change'] < 1 for e in events[1:])
+  assert all(e['seconds'] > 0 for e in events)
+  assert all(e['change'] is None for e in fit().select('event'))

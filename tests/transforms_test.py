@@ -1052,3 +1052,42 @@ _BAD_CALLS = [
 def test_bad_calls_say_what_is_wrong(call, error, message):
   with pytest.raises(error, match=message):
     call()
+
+
+@pytest.mark.parametrize('jit', [False, True])
+def test_bases_may_be_stored_in_bfloat16(jit):
+  w = np.random.default_rng(0).normal(size=(24, 16)).astype(np.float32)
+  params = {'w': jnp.asarray(w)}
+  layers = oialr.find_layers(lambda p, x: x @ p['w'], params, np.ones((2, 24)))
+
+  def convert(params):
+    low = oialr.to_lowrank(params, layers, basis_dtype='bfloat16')
+    return low, oialr.update_basis(low), oialr.prune_sigma(low, cutoff=0.3)
+
+  error = lambda p: np.linalg.norm(oialr.to_dense(p)['w'] - w)
+  low, updated, pruned = (jax.jit(convert) if jit else convert)(params)
+  for x in (low['w'], updated['w'], pruned['w']):
+    assert x.u.dtype == x.vt.dtype == jnp.bfloat16
+    assert x.s.dtype == x.dtype == jnp.float32
+  # Each of U and V^T is rounded by at most 2^-9 of its entries.
+  rounding = 2**-8 * np.linalg.norm(w)
+  assert 0 < error(low) < rounding
+  assert error(updated) < 2 * rounding
+  dropped = np.linalg.svd(w, compute_uv=False)
+  dropped = dropped[oialr.ranks(pruned)['w'] :]
+  assert error(pruned) < np.linalg.norm(dropped) + 2 * rounding
+  x = jnp.ones((3, 24))
+  np.testing.assert_allclose(
+    oialr.factored(lambda p, x: x @ p['w'])(updated, x),
+    x @ oialr.to_dense(updated)['w'],
+    rtol=1e-4,
+    atol=1e-4,
+  )
+
+
+def test_bases_are_of_floating_dtypes():
+  for dtype in ('int8', 'bf16', 3):
+    with pytest.raises(TypeError, match='basis_dtype=.*floating dtype'):
+      oialr.to_lowrank({}, (), basis_dtype=dtype)
+  with pytest.raises(TypeError, match='basis_dtype'):
+    oialr.Schedule(steps=3, basis_dtype='int8')

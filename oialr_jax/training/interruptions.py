@@ -8,6 +8,7 @@ import time
 
 import jax
 from jax.experimental import multihost_utils
+import numpy as np
 
 
 class Interrupted(SystemExit):
@@ -26,8 +27,12 @@ class Interrupted(SystemExit):
     return f'stopped after step {self.step}: {self.reason}'
 
 
+# Steps between the times when several processes agree on what the clock says.
+_AGREE_EVERY = 16
+
+
 class Watch:
-  """Says whether to stop.
+  """Says whether to stop; of several processes, the same to all.
 
   Args:
     max_seconds: of the wall clock, from now on.
@@ -44,18 +49,31 @@ class Watch:
     """Why to stop after this step; '' to go on."""
     if self._signal is not None:
       return f'{signal.Signals(self._signal).name} was received'
-    if self._deadline is not None and time.monotonic() >= self._deadline:
+    if self._late(step):
       return f'max_seconds={self._limit} have passed'
+    # JAX catches SIGTERM and agrees on a step, where there is somebody to.
     several = jax.process_count() > 1
     if several and multihost_utils.reached_preemption_sync_point(step):
-      return 'the machine is about to be taken away'
+      return 'SIGTERM or a notice of preemption was received'
     return ''
+
+  def _late(self, step: int) -> bool:
+    if self._deadline is None:
+      return False
+    late = time.monotonic() >= self._deadline
+    if jax.process_count() == 1:
+      return late
+    if step % _AGREE_EVERY:
+      return False
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(late)))
 
   @contextlib.contextmanager
   def signals(self) -> Iterator[None]:
     """Catches SIGTERM within; a second one does what it did before."""
-    if threading.current_thread() is not threading.main_thread():
-      yield  # only a main thread can have handlers
+    # Only a main thread can have handlers, and of several processes none may.
+    main = threading.current_thread() is threading.main_thread()
+    if not main or jax.process_count() > 1:
+      yield
       return
     before = signal.getsignal(signal.SIGTERM)
 

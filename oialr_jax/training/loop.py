@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Iterable, Sequence
 import contextlib
+import dataclasses
 import json
 import pathlib
 from typing import Any
 
+from absl import logging
 import jax
 import jax.numpy as jnp
 import optax
@@ -14,6 +16,7 @@ from oialr_jax import checkpoint
 from oialr_jax import layers as layers_lib
 from oialr_jax import optimizer as optimizer_lib
 from oialr_jax import schedule as schedule_lib
+from oialr_jax import sharding
 from oialr_jax import transforms
 from oialr_jax import tree
 from oialr_jax.training import callbacks as callbacks_lib
@@ -23,6 +26,7 @@ from oialr_jax.training import programs
 from oialr_jax.training import recorder as recorder_lib
 from oialr_jax.training import run as run_lib
 from oialr_jax.training import steps as steps_lib
+from oialr_jax.training import writers
 
 PyTree = Any
 
@@ -46,12 +50,17 @@ def fit(
   seed: int = 0,
   compaction: compaction_lib.Compaction = compaction_lib.Compaction(),  # noqa: B008 (frozen)
   contraction: steps_lib.Contraction = 'auto',
+  placement: sharding.Placement | None = None,
+  accumulate: int = 1,
+  remat: bool | Callable[..., Any] = False,
+  probe: bool = False,
   compilation_cache: bool = True,
   workdir: str | pathlib.Path | None = None,
   checkpoint_every: int | None = None,
   keep: checkpoint.Keep = checkpoint.Keep(),  # noqa: B008 (frozen)
   resume: bool = False,
   max_seconds: float | None = None,
+  rollbacks: int = 0,
   callbacks: Sequence[callbacks_lib.Callback] = (),
 ) -> run_lib.Result:
   """Trains a model, dense or by OIALR.
@@ -59,7 +68,7 @@ def fit(
   Args:
     loss_fn: `(params, model_state, batch, key) -> loss, (model_state, metrics)`
       for dense parameters, as one would write it without this package.
-    params: dense parameters to start from.
+    params: parameters to start from; dense, as a rule.
     data: batches, one a step.
     optimizer: any Optax chain; it is wrapped by `train_sigma`.
     steps: optimiser steps of the whole run.
@@ -77,19 +86,27 @@ def fit(
     seed: of the key, which is folded with the step.
     compaction: when pruned directions are sliced away.
     contraction: see `factored`; 'materialise' multiplies the kernels out.
+    placement: on which devices what is; by default every device of every
+      process has all parameters, and its share of every batch.
+    accumulate: parts that a batch is cut into, see `train_step`.
+    remat: what is computed again in the backward pass, see `train_step`.
+    probe: measure how much every event changes the loss of the next batch.
     compilation_cache: keep compiled programs on disk for later runs, where
       `jax_compilation_cache_dir` is not set already.
     workdir: for metrics.jsonl, TensorBoard events and checkpoints.
     checkpoint_every: steps between checkpoints; there is one at the end anyway,
       and one when the run is told to stop.
     keep: which checkpoints stay.
-    resume: go on from the newest intact checkpoint of workdir, if there is one.
+    resume: go on from the newest intact checkpoint of workdir, if there is one,
+      with the same devices or others.
       Data that have `set_state` continue where they were, of others the batches
       of the steps that are done are read again. The same arguments give the
       same run as without the interruption, bit for bit on a CPU if compaction
       is reproducible.
     max_seconds: stop after so many, by the wall clock.
-    callbacks: further listeners.
+    rollbacks: how often, when the loss is not finite, to go back to the last
+      checkpoint and on with the batches behind those that led there.
+    callbacks: further listeners, see `Callback`.
 
   Returns:
     A `Result`; the parameters in it are compacted.
@@ -97,7 +114,8 @@ def fit(
   Raises:
     ValueError: an argument is out of range, data ends early, the checkpoint is
       of another run (says what differs), no checkpoint is intact.
-    FloatingPointError: the loss is not finite (with the step).
+    FloatingPointError: the loss is not finite (with the step), and there is no
+      rollback left.
     OSError: a checkpoint cannot be written, as on a full disk; those that are
       there are as they were.
     Interrupted: SIGTERM, preemption or max_seconds ended the run, which has
@@ -114,10 +132,20 @@ def fit(
       f'schedule.steps={schedule.steps} is not steps={steps}: the delay and '
       'the events would be those of another run.'
     )
-  if compilation_cache:
-    programs.use_compilation_cache()
+  if rollbacks and not checkpoint_every:
+    raise ValueError(
+      f'rollbacks={rollbacks}: there is nothing to go back to; pass '
+      'checkpoint_every.'
+    )
   if workdir is None and (checkpoint_every or resume):
     raise ValueError('checkpoint_every and resume want a workdir: pass one.')
+  if compilation_cache:
+    programs.use_compilation_cache()
+  if placement is None:
+    placement = sharding.Placement(sharding.make_mesh())
+  if jax.process_count() > 1:
+    # Processes take the same decisions, but do not measure the same seconds.
+    compaction = dataclasses.replace(compaction, reproducible=True)
   stop = stop_at or steps
   recorder = recorder_lib.Recorder()
   run = run_lib.Run(
@@ -136,6 +164,10 @@ def fit(
     seed=seed,
     recorder=recorder,
     tracking=track_every is not None,
+    placement=placement,
+    accumulate=accumulate,
+    remat=remat,
+    probe=probe,
   )
   with contextlib.ExitStack() as stack:
     stack.callback(run.close)
@@ -143,61 +175,131 @@ def fit(
     saved, start = None, 0
     if workdir is not None:
       workdir = pathlib.Path(workdir)
-      saved = checkpoint.Checkpoints(workdir / 'checkpoints', keep)
-      stack.enter_context(saved)
+      saved = stack.enter_context(
+        checkpoint.Checkpoints(workdir / 'checkpoints', keep)
+      )
       start = _resume(run, recorder, saved, workdir) if resume else 0
       if not start:
         saved.clear()
     if start >= stop:
       return run.result()
     if workdir is not None:
-      file = workdir / 'metrics.jsonl'
-      recorder.add(callbacks_lib.Jsonl(file, keep=len(recorder.records)))
-      recorder.add(callbacks_lib.TensorBoard(workdir / 'tensorboard', start))
+      recorder.add(writers.Jsonl(workdir / 'metrics.jsonl'))
+      recorder.add(writers.TensorBoard(workdir / 'tensorboard'))
     for callback in callbacks:
       recorder.add(callback)
-    recorder.start(stop)
     watch = interruptions.Watch(max_seconds)
     stack.enter_context(watch.signals())
-    if saved is not None:
-      stack.enter_context(_naming(saved))
-    for step in range(start, stop):
-      event = schedule.event(step) if schedule is not None else None
-      if event is not None:
-        run.event(event)
-      if track_every and step % track_every == 0:
-        run.track(step)
-      run.step(step)
-      done = step + 1
-      if done % log_every == 0 or done == stop:
-        recorder.log()
-      if eval_every and done % eval_every == 0 and done < stop:
-        run.evaluate(done)
-      reason = watch.reason(done) if done < stop else ''
-      due = checkpoint_every and done % checkpoint_every == 0 and done < stop
-      if saved is not None and (reason or due):
-        _save(run, recorder, saved, done)
-      if reason:
-        raise interruptions.Interrupted(reason, done)
-    if track_every:
-      run.track(stop)
-    run.finish(stop)
-    if saved is not None:
-      _save(run, recorder, saved, stop)
+    _Loop(
+      run=run,
+      recorder=recorder,
+      saved=saved,
+      watch=watch,
+      schedule=schedule,
+      stop=stop,
+      track_every=track_every,
+      log_every=log_every,
+      eval_every=eval_every,
+      checkpoint_every=checkpoint_every,
+    ).train(start, rollbacks)
     return run.result()
 
 
-def _save(
-  run: run_lib.Run,
-  recorder: recorder_lib.Recorder,
-  saved: checkpoint.Checkpoints,
-  step: int,
-):
-  arrays, manifest = run.snapshot()
-  _check_finite(arrays['state'].params, step)
-  evaluations = [r for r in recorder.records if r['kind'] == 'eval']
-  with recorder.clock('saving'):
-    saved.save(step, arrays, manifest, evaluations[-1] if evaluations else None)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Loop:
+  """The steps of a run and what comes between them; see `fit`."""
+
+  run: run_lib.Run
+  recorder: recorder_lib.Recorder
+  saved: checkpoint.Checkpoints | None
+  watch: interruptions.Watch
+  schedule: schedule_lib.Schedule | None
+  stop: int
+  track_every: int | None
+  log_every: int
+  eval_every: int | None
+  checkpoint_every: int | None
+
+  def train(self, start: int, rollbacks: int):
+    self._announce(start)
+    while True:
+      try:
+        return self._train(start)
+      except FloatingPointError as e:
+        if self.saved is None:
+          raise
+        self.saved.wait()
+        if not rollbacks or not self.saved.steps():
+          raise self._naming(e) from e
+        start, rollbacks = self._go_back(e), rollbacks - 1
+
+  def _train(self, start: int):
+    for step in range(start, self.stop):
+      event = self.schedule.event(step) if self.schedule else None
+      if event is not None:
+        self.run.event(event)
+      if self.track_every and step % self.track_every == 0:
+        self.run.track(step)
+      self.run.step(step)
+      self._after(step + 1)
+    if self.track_every:
+      self.run.track(self.stop)
+    self.run.finish(self.stop)
+    self._save(self.stop)
+    self._tell()
+
+  def _after(self, done: int):
+    """Logs, evaluates and saves, where it is time for it."""
+    last = done == self.stop
+    due = lambda every: every and done % every == 0 and not last
+    if last or due(self.log_every):
+      self.recorder.log()
+    if due(self.eval_every):
+      self.run.evaluate(done)
+    reason = '' if last else self.watch.reason(done)
+    if reason or due(self.checkpoint_every):
+      self._save(done)
+    if reason:
+      self._tell()
+      raise interruptions.Interrupted(reason, done)
+
+  def _save(self, step: int):
+    if self.saved is None:
+      return
+    arrays, manifest = self.run.snapshot()
+    _check_finite(arrays['state'].params, step)
+    evaluations = [r for r in self.recorder.records if r['kind'] == 'eval']
+    metrics = evaluations[-1] if evaluations else None
+    with self.recorder.clock('saving'):
+      self.saved.save(step, arrays, manifest, metrics)
+    self.recorder.checkpoints(self.saved.folder, self.saved.steps())
+
+  def _tell(self):
+    """Tells who listens of the last checkpoint, too."""
+    if self.saved is not None:
+      self.saved.wait()
+      self.recorder.checkpoints(self.saved.folder, self.saved.steps())
+
+  def _announce(self, step: int):
+    self.recorder.start(steps=self.stop, first=step, examples=self.run.examples)
+
+  def _go_back(self, error: FloatingPointError) -> int:
+    """To the last checkpoint, leaving out the batches since; its step."""
+    step, arrays, manifest = self.saved.restore(self.run.like)
+    logging.warning('going back to step %s: %s', step, error)
+    self.recorder.rewind(manifest['records'])
+    self.run.go_back(step, arrays, manifest)
+    self._announce(step)
+    self.recorder.record('rollback', step, reason=str(error))
+    return step
+
+  def _naming(self, error: FloatingPointError) -> FloatingPointError:
+    """Tells who diverged which checkpoint to go back to."""
+    steps = self.saved.steps()
+    last = f'that of step {steps[0]}' if steps else 'none'
+    return FloatingPointError(
+      f'{error} The last good checkpoint in {self.saved.folder} is {last}.'
+    )
 
 
 def _check_finite(params: PyTree, step: int):
@@ -212,20 +314,6 @@ def _check_finite(params: PyTree, step: int):
       )
 
 
-@contextlib.contextmanager
-def _naming(saved: checkpoint.Checkpoints):
-  """Tells who diverged which checkpoint to go back to."""
-  try:
-    yield
-  except FloatingPointError as e:
-    saved.wait()
-    steps = saved.steps()
-    last = f'that of step {steps[0]}' if steps else 'none'
-    raise FloatingPointError(
-      f'{e} The last good checkpoint in {saved.folder} is {last}.'
-    ) from e
-
-
 def _resume(
   run: run_lib.Run,
   recorder: recorder_lib.Recorder,
@@ -237,7 +325,17 @@ def _resume(
   if found is None:
     return 0
   step, arrays, manifest = found
-  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
-  recorder.records += map(json.loads, lines[: manifest['records']])
+  recorder.records += _records(workdir / 'metrics.jsonl', manifest['records'])
   run.resume(step, arrays, manifest)
   return step
+
+
+def _records(file: pathlib.Path, count: int) -> list[recorder_lib.Record]:
+  """The first records of a file, without what a power cut has torn."""
+  found = []
+  for line in file.read_text().splitlines()[:count]:
+    try:
+      found.append(json.loads(line))
+    except ValueError:
+      logging.warning('%s: line %s is damaged', file, len(found) + 1)
+  return found

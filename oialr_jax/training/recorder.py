@@ -1,6 +1,8 @@
 """What a run says of itself: records, clocks, and the metrics of its steps."""
 
+from collections.abc import Sequence
 import contextlib
+import pathlib
 import time
 from typing import Any
 
@@ -10,6 +12,11 @@ import numpy as np
 from oialr_jax.training import callbacks as callbacks_lib
 
 Record = callbacks_lib.Record
+
+# Of a 'train' record, what no metric may be called.
+_OWN = {'kind', 'step', 'losses', 'seconds', 'examples_per_second'}
+# Who hears of what kind, besides on_record.
+_HEARS = {'event': 'on_event', 'eval': 'on_evaluation'}
 
 
 class Recorder:
@@ -24,6 +31,9 @@ class Recorder:
     self.records: list[Record] = []
     self._callbacks: list[callbacks_lib.Callback] = []
     self._pending: list[tuple[int, Any]] = []
+    self._examples: int | None = None
+    self._mark = 0.0  # the training clock at the last 'train' record
+    self._told = 0  # the last checkpoint that the listeners know of
 
   def __enter__(self) -> 'Recorder':
     return self
@@ -31,35 +41,67 @@ class Recorder:
   def __exit__(self, *_):
     with contextlib.ExitStack() as stack:
       for callback in self._callbacks:
-        stack.callback(callback.close)
+        stack.callback(_call, callback, 'close')
 
   def add(self, callback: callbacks_lib.Callback):
-    """Adds a listener."""
-    self._callbacks.append(callback)
+    """Adds a listener; of several processes, on the first one.
 
-  def start(self, steps: int):
-    """Tells the listeners the length of the run."""
-    for callback in self._callbacks:
-      callback.on_start(steps)
+    Raises:
+      TypeError: it is not a callback.
+    """
+    if not isinstance(callback, callbacks_lib.Callback):
+      raise TypeError(
+        f'{callback!r} is not a callback: pass an instance of a subclass of '
+        'training.Callback.'
+      )
+    if callback.everywhere or jax.process_index() == 0:
+      self._callbacks.append(callback)
+
+  def start(self, *, steps: int, first: int = 0, examples: int | None = None):
+    """Tells the listeners what is about to begin; see `callbacks.Start`."""
+    self._examples = examples
+    self._mark = self.clock.seconds['training']
+    self._told = first
+    self._tell(
+      'on_start',
+      callbacks_lib.Start(
+        steps=steps,
+        first=first,
+        examples=examples,
+        records=tuple(self.records),
+      ),
+    )
+
+  def rewind(self, records: int):
+    """Forgets all but the first records; `start` has to follow."""
+    del self.records[records:]
+    self._pending = []
 
   def record(self, kind: str, step: int, **values: Any):
     """Adds a record."""
     record = {'kind': kind, 'step': step, **values}
     self.records.append(record)
-    for callback in self._callbacks:
-      callback.on_record(record)
+    self._tell('on_record', record)
+    if kind in _HEARS:
+      self._tell(_HEARS[kind], record)
 
   def step(self, step: int, metrics: Any):
     """Takes the metrics of a step that may still be under way."""
     self._pending.append((step, metrics))
-    for callback in self._callbacks:
-      callback.on_step(step)
+    self._tell('on_step', step)
+
+  def checkpoints(self, folder: pathlib.Path, steps: Sequence[int]):
+    """Tells of those that are complete, each once."""
+    for step in sorted(step for step in steps if step > self._told):
+      self._tell('on_checkpoint', step, folder / str(step))
+      self._told = step
 
   def log(self, settled: bool = False):
     """Records the means over the steps that are done: all but the last one.
 
     Raises:
       FloatingPointError: a loss is not finite; says at which step.
+      ValueError: a metric has the name of something else in the record.
     """
     done = self._pending if settled else self._pending[:-1]
     self._pending = self._pending[len(done) :]
@@ -75,8 +117,42 @@ class Recorder:
         )
     names = read[0][1]
     means = {k: float(np.mean([m[k] for _, m in read])) for k in names}
-    losses = [float(m['loss']) for _, m in read]
-    self.record('train', read[-1][0], **means, losses=losses)
+    taken = sorted(_OWN & set(names))
+    if taken:
+      raise ValueError(
+        f'the metric {taken[0]!r} of loss_fn has the name of something else in '
+        'the records: give it another.'
+      )
+    self.record(
+      'train',
+      read[-1][0],
+      **means,
+      losses=[float(m['loss']) for _, m in read],
+      seconds=self.clock.wall(),
+      **self._pace(len(read)),
+    )
+
+  def _pace(self, steps: int) -> dict[str, float]:
+    """Of so many steps, which ended now."""
+    began, self._mark = self._mark, self.clock.seconds['training']
+    if self._examples is None:
+      return {}
+    rate = steps * self._examples / (self._mark - began)
+    return {'examples_per_second': rate}
+
+  def _tell(self, method: str, *args: Any):
+    for callback in self._callbacks:
+      _call(callback, method, *args)
+
+
+def _call(callback: callbacks_lib.Callback, method: str, *args: Any):
+  """Whose error it is, is in the error."""
+  try:
+    getattr(callback, method)(*args)
+  except Exception as e:
+    name = type(callback).__qualname__
+    e.add_note(f'raised by {name}.{method}, a callback of the run')
+    raise
 
 
 class Clock:
@@ -101,10 +177,14 @@ class Clock:
     finally:
       self.seconds[name] += time.perf_counter() - start
 
+  def wall(self) -> float:
+    """Of the run so far, without the time between interruptions."""
+    return time.perf_counter() - self._start
+
   def total(self) -> dict[str, float]:
     """Also 'other': what is left of the wall clock."""
-    wall = time.perf_counter() - self._start
-    return {**self.seconds, 'other': wall - sum(self.seconds.values())}
+    other = self.wall() - sum(self.seconds.values())
+    return {**self.seconds, 'other': other}
 
   def add(self, seconds: dict[str, float]):
     """Goes on from where the clock of a run that was interrupted stood."""

@@ -7,9 +7,10 @@ that are done.
 """
 
 from collections.abc import Hashable, Iterator
+import contextlib
 import dataclasses
 import functools
-import json
+import time
 from typing import Any
 
 import jax
@@ -22,10 +23,9 @@ from oialr_jax import metrics as metrics_lib
 from oialr_jax import optimizer as optimizer_lib
 from oialr_jax import schedule as schedule_lib
 from oialr_jax import transforms
-from oialr_jax import tree
-from oialr_jax.training import compaction as compaction_lib
 from oialr_jax.training import programs as programs_lib
 from oialr_jax.training import recorder as recorder_lib
+from oialr_jax.training import snapshots
 from oialr_jax.training import steps as steps_lib
 
 PyTree = Any
@@ -100,11 +100,17 @@ class Run:
     seed,
     recorder,
     tracking,
+    placement,
+    accumulate,
+    remat,
+    probe,
   ):
     self._recorder = recorder
+    self._place = placement
     self._data = data
     self._position = None  # of the data, before the batch that is next
-    self._key = jax.random.key(seed)
+    self._taken = -1  # batches, without the one that is next
+    self._key = placement.put(jax.random.key(seed), placement.replicated)
     self._steps = steps
     self._schedule = schedule
     self._compaction = compaction
@@ -112,32 +118,63 @@ class Run:
     self._next = self._fetch()
     if self._next is None:
       raise ValueError('data is empty: pass one batch for every step.')
-    self._batch = _shapes(self._next)
-    step = steps_lib.train_step(loss_fn, optimizer, contraction)
-    self._step = jax.jit(step, donate_argnums=0)
-    self._eval = eval_fn and jax.jit(steps_lib.eval_step(eval_fn, contraction))
+    self._batch = jax.tree.map(_shape, self._next)
+    self._step = steps_lib.train_step(
+      loss_fn,
+      optimizer,
+      contraction,
+      accumulate=accumulate,
+      remat=remat,
+      shards=placement.replicas,
+      gather=placement.gather,
+    )
+    evaluate = eval_fn and steps_lib.eval_step(
+      eval_fn, contraction, shards=placement.replicas
+    )
+    self._eval = evaluate and jax.jit(
+      evaluate, out_shardings=placement.replicated
+    )
+    self._probe = None
+    if probe:
+      loss = steps_lib.loss_step(
+        loss_fn, contraction, shards=placement.replicas
+      )
+      self._probe = jax.jit(loss, out_shardings=placement.replicated)
     self._optimizer = optimizer
     self._seed = seed
-    self._dense = _shapes(params)
+    self._dense = jax.eval_shape(lambda x: x, params)
     self._layers: Layers = ()
     if schedule is not None or tracking:
       self._layers = self._choose(loss_fn, params, model_state, layers)
-    # Copied, because steps donate their state and params are the caller's.
-    self.state = jax.tree.map(
-      jnp.array,
-      steps_lib.TrainState(
-        jnp.zeros((), jnp.int32), params, optimizer.init(params), model_state
-      ),
-    )
+    self.state = self._start(params, model_state)
     self._programs = programs_lib.Programs(compaction.background)
     self._program: programs_lib.Program | None = None  # the step's
     self._switch: _Switch | None = None
     self._bases, self._tracked = None, None
-    self._ranks: dict[str, int] = {}  # after the last event
+    nodes = transforms.low_rank_leaves(params)
+    # Of the low-rank leaves, after the last event.
+    self._ranks = {path: node.rank for path, node in nodes.items()}
     self._compilations = 0
     self._since = 0, 0.0  # of this program: the step, and the training clock
     # Of the program before: seconds a step, and seconds to compile it.
     self._pace, self._compile_seconds = 0.0, 0.0
+
+  def _start(self, params: PyTree, model_state: PyTree) -> steps_lib.TrainState:
+    # Copied, because steps donate their state and params are the caller's.
+    params, model_state = jax.tree.map(
+      jnp.array,
+      self._place.put(
+        (params, model_state), self._place.shardings(params, model_state)
+      ),
+    )
+    opt_state = self._optimizer.init(params)
+    step = jnp.zeros((), jnp.int32)
+    return self._put(steps_lib.TrainState(step, params, opt_state, model_state))
+
+  @property
+  def examples(self) -> int:
+    """In a batch of all processes."""
+    return next((x.shape[0] for x in jax.tree.leaves(self._batch) if x.ndim), 1)
 
   def close(self):
     """Ends what is still being compiled."""
@@ -179,7 +216,31 @@ class Run:
   def _fetch(self):
     if hasattr(self._data, 'get_state'):
       self._position = self._data.get_state()
-    return next(self._data, None)
+    batch = next(self._data, None)
+    self._taken += 1
+    return None if batch is None else self._place.batch(batch)
+
+  # Where arrays are.
+
+  def _shardings(self, state: steps_lib.TrainState) -> steps_lib.TrainState:
+    """Of a state, or of one of these shapes."""
+    parts = state.params, state.opt_state, state.model_state
+    return steps_lib.TrainState(
+      self._place.replicated, *self._place.shardings(*parts)
+    )
+
+  def _put(self, state: steps_lib.TrainState) -> steps_lib.TrainState:
+    return self._place.put(state, self._shardings(state))
+
+  def _shapes(self, state: steps_lib.TrainState) -> steps_lib.TrainState:
+    """What a program is compiled for."""
+    return jax.tree.map(_shape, state, self._shardings(state))
+
+  def _spread(self) -> contextlib.AbstractContextManager:
+    """Within, SVDs are shared out among the devices."""
+    if self._place.mesh.size == 1:
+      return contextlib.nullcontext()
+    return jax.set_mesh(self._place.mesh)
 
   # Programs.
 
@@ -189,7 +250,12 @@ class Run:
 
   def _to_step(self, state) -> tuple[Hashable, programs_lib.Lower]:
     """The key of the step's program for this state, and how it is lowered."""
-    lower = lambda: self._step.lower(state, self._batch, self._key)
+    step = jax.jit(
+      self._step,
+      donate_argnums=0,
+      out_shardings=(self._shardings(state), self._place.replicated),
+    )
+    lower = lambda: step.lower(self._shapes(state), self._batch, self._key)
     return ('step', programs_lib.shapes(state)), lower
 
   def _use(self, step: int, program: programs_lib.Program):
@@ -225,16 +291,23 @@ class Run:
       lowered = lower()
       self._programs.prepare(key, lambda: lowered)
       if plan.converting:
-        params, opt_state, *_ = _shapes(lowered.out_info)
+        params, opt_state, *_ = jax.tree.map(_shape, lowered.out_info)
         converted = dataclasses.replace(
-          _shapes(state), params=params, opt_state=opt_state
+          state, params=params, opt_state=opt_state
         )
         self._programs.prepare(*self._to_step(converted))
 
   def _to_event(self, plan, state) -> tuple[Hashable, programs_lib.Lower]:
-    parts = state.params, state.opt_state
-    key = 'event', plan, programs_lib.shapes(parts)
-    return key, functools.partial(plan.lower, *_shapes(parts))
+    key = 'event', plan, programs_lib.shapes((state.params, state.opt_state))
+
+    def lower():
+      shapes = self._shapes(state)
+      with self._spread():
+        return plan.lower(
+          shapes.params, shapes.opt_state, place=self._place.constrain
+        )
+
+    return key, lower
 
   # Events.
 
@@ -246,7 +319,8 @@ class Run:
     plan = schedule_lib.foresee(event, old.params, self._layers, self._schedule)
     with self._recorder.clock('compiling'):
       program = plan and self._programs.get(*self._to_event(plan, old))
-    with self._recorder.clock('events'):
+    loss, start = self._probed(), time.perf_counter()
+    with self._recorder.clock('events'), self._spread():
       params, opt_state, report = schedule_lib.apply_event(
         event,
         old.params,
@@ -259,15 +333,34 @@ class Run:
       jax.block_until_ready(params)
     self._bases = report.bases
     self._ranks = {k: int(v) for k, v in report.ranks.items()}
-    self.state = dataclasses.replace(old, params=params, opt_state=opt_state)
+    self.state = self._put(
+      dataclasses.replace(old, params=params, opt_state=opt_state)
+    )
+    seconds = time.perf_counter() - start
     if report.converted:
       self._program = self._switch = None
-    self._record_event(report, before)
+    change = loss and abs((self._probed() - loss) / loss)
+    self._record_event(report, before, seconds=seconds, change=change)
     self._compact(event.step, anew=bool(report.converted))
     if self._program is not None:
       self._foresee(event.step)
 
-  def _record_event(self, report: schedule_lib.Report, before: dict[str, int]):
+  def _probed(self) -> float | None:
+    """The loss of the batch that is next, where it is asked for."""
+    if self._probe is None or self._next is None:
+      return None
+    args = self.state, self._next, self._key
+    with self._recorder.clock('compiling'):
+      program = self._programs.get(
+        ('probe', programs_lib.shapes(self.state)),
+        functools.partial(self._probe.lower, *args),
+      )
+    with self._recorder.clock('evaluating'):
+      return float(program(*args))
+
+  def _record_event(
+    self, report: schedule_lib.Report, before: dict[str, int], **details: Any
+  ):
     numbers = lambda values: {k: float(v) for k, v in values.items()}
     self._recorder.record(
       'event',
@@ -282,6 +375,7 @@ class Run:
       truncation=numbers(report.truncation),
       drift=numbers(report.drift),
       stability=numbers(report.stability),
+      **details,
       **metrics_lib.count(self.state.params)._asdict(),
     )
 
@@ -294,18 +388,17 @@ class Run:
     """
     if self._switch is not None:
       return
-    params, policy = self.state.params, self._compaction
-    ranks = transforms.rounded_up(params, self._ranks, policy.multiple_of)
-    work = lambda r: compaction_lib.multiply_adds(params, self._layers, r)
-    pays = policy.pays(
-      work({}),
-      work(ranks),
+    policy = self._compaction
+    ranks = policy.target(
+      self.state.params,
+      self._layers,
+      self._ranks,
       steps=self._steps - step,
       step_seconds=1.0 if anew else self._step_seconds(step),
       step_flops=self._program and self._program.flops,
       compile_seconds=0.0 if anew else self._compile_seconds,
     )
-    if not pays:
+    if ranks is None:
       return
     if anew:
       self._slice(step, ranks)
@@ -324,8 +417,10 @@ class Run:
 
   def _to_slice(self, ranks) -> tuple[Hashable, programs_lib.Lower]:
     key = 'slice', tuple(ranks.items()), programs_lib.shapes(self.state)
-    slice_ = jax.jit(functools.partial(_sliced, ranks))
-    return key, functools.partial(slice_.lower, _shapes(self.state))
+    smaller = functools.partial(_sliced, ranks)
+    small = jax.eval_shape(smaller, self.state)
+    slice_ = jax.jit(smaller, out_shardings=self._shardings(small))
+    return key, functools.partial(slice_.lower, self._shapes(self.state))
 
   def _ready_to_switch(self) -> bool:
     if self._switch is None or self._compaction.reproducible:
@@ -358,7 +453,7 @@ class Run:
   def track(self, step: int):
     """Measures how far the bases have turned since the last measurement."""
     self._settle()
-    with self._recorder.clock('tracking'):
+    with self._recorder.clock('tracking'), self._spread():
       params = self.state.params
       bases = metrics_lib.basis(params, self._layers)
       mixing = metrics_lib.mixing(params, self._layers)
@@ -379,7 +474,7 @@ class Run:
       return
     self._settle()
     sums, count = {}, 0
-    for batch in self._eval_data():
+    for batch in map(self._place.batch, self._eval_data()):
       args = self.state.params, self.state.model_state, batch
       with self._recorder.clock('compiling'):
         program = self._programs.get(
@@ -409,6 +504,7 @@ class Run:
       'switch': switch,
       'bases': list(bases),
       'data': self._position,
+      'batches': self._taken,
       'records': len(self._recorder.records),
       'seconds': self._recorder.clock.total(),
       'compilations': self._compilations,
@@ -417,74 +513,53 @@ class Run:
     }
 
   def _identity(self) -> dict[str, Any]:
-    """What has to be the same where a run is resumed."""
-    leaves = tree.flatten(self._dense)
-    return {
-      'parameters': {p: f'{x.dtype}{list(x.shape)}' for p, x in leaves.items()},
-      'layers': {x.path: [*x.matrix, x.stack] for x in self._layers},
-      'schedule': dataclasses.asdict(self._schedule) if self._schedule else {},
-      'seed': {'seed': self._seed},
-    }
+    return snapshots.identity(
+      self._dense, self._layers, self._schedule, self._seed
+    )
 
   def like(self, manifest: checkpoint.Manifest) -> PyTree:
-    """Shapes of the arrays of a snapshot.
+    """Shapes and shardings of the arrays of a snapshot.
 
     Raises:
       ValueError: it is of another run; says what differs.
     """
-    # As JSON has it: tuples are lists there.
-    mine = json.loads(json.dumps(self._identity()))
-    for what, values in mine.items():
-      theirs = manifest['run'][what]
-      differing = [
-        f'{k!r}: {theirs.get(k)} there, {values.get(k)} here'
-        for k in {**values, **theirs}
-        if theirs.get(k) != values.get(k)
-      ]
-      if differing:
-        raise ValueError(
-          f'the checkpoint is of another run, its {what} differ: '
-          + '; '.join(differing[:5])
-          + ('; ...' if len(differing) > 5 else '')
-        )
-    ranks = manifest['ranks']
-    layers = {x.path: x for x in self._layers}
-    convert = lambda p: transforms.to_lowrank(
-      p, [layers[path] for path in ranks], rank=ranks
+    snapshots.check_same(self._identity(), manifest['run'])
+    params, bases = snapshots.shapes(self._dense, self._layers, manifest)
+    state = dataclasses.replace(
+      self.state,
+      params=params,
+      opt_state=jax.eval_shape(self._optimizer.init, params),
     )
-    params = jax.eval_shape(convert, self._dense) if ranks else self._dense
-    state = steps_lib.TrainState(
-      self.state.step,
-      params,
-      jax.eval_shape(self._optimizer.init, params),
-      self.state.model_state,
-    )
-    measured = [layers[path] for path in manifest['bases']]
-    bases = jax.eval_shape(lambda p: metrics_lib.basis(p, measured), params)
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
-      {'state': _shapes(state), 'bases': list(bases.values())},
-    )
+    whole = functools.partial(_shape, where=self._place.replicated)
+    return {
+      'state': self._shapes(state),
+      'bases': list(map(whole, bases.values())),
+    }
 
   def resume(self, step: int, arrays: PyTree, manifest: checkpoint.Manifest):
-    """Goes on from a snapshot."""
-    self.state = arrays['state']
-    self._bases = dict(zip(manifest['bases'], arrays['bases'], strict=True))
-    self._ranks = manifest['live_ranks']
-    self._compilations = manifest['compilations']
-    self._pace = manifest['pace']
-    self._compile_seconds = manifest['compile_seconds']
+    """Goes on from a snapshot, with the batches behind it."""
     self._recorder.clock.add(manifest['seconds'])
-    self._since = step, self._recorder.clock.seconds['training']
-    if manifest['switch']:
-      self._prepare_switch(*manifest['switch'])
+    self._compilations = manifest['compilations']
     if hasattr(self._data, 'set_state'):
       self._data.set_state(manifest['data'])
       self._next = self._fetch()
     else:
-      for _ in range(step):  # there is nothing but to read them again
+      for _ in range(manifest['batches']):  # there is nothing but to read them
         self._next = self._fetch()
+    self._taken = manifest['batches']
+    self.go_back(step, arrays, manifest)
+
+  def go_back(self, step: int, arrays: PyTree, manifest: checkpoint.Manifest):
+    """Takes a snapshot's state, and goes on with the batch that is next."""
+    self.state = arrays['state']
+    self._bases = dict(zip(manifest['bases'], arrays['bases'], strict=True))
+    self._ranks = manifest['live_ranks']
+    self._program = self._switch = self._tracked = None
+    self._pace = manifest['pace']
+    self._compile_seconds = manifest['compile_seconds']
+    self._since = step, self._recorder.clock.seconds['training']
+    if manifest['switch']:
+      self._prepare_switch(*manifest['switch'])
 
   def _settle(self):
     """Waits for the steps under way, on the training clock."""
@@ -540,6 +615,13 @@ def _sliced(
   return dataclasses.replace(state, params=params, opt_state=opt_state)
 
 
-def _shapes(arrays: PyTree) -> PyTree:
-  """Shapes and dtypes, as JAX sees the leaves: without values."""
-  return jax.eval_shape(lambda x: x, arrays)
+def _shape(
+  x: Any, where: jax.sharding.Sharding | None = None
+) -> jax.ShapeDtypeStruct:
+  """Shape, dtype and sharding, without values."""
+  return jax.ShapeDtypeStruct(
+    x.shape,
+    x.dtype,
+    sharding=where or getattr(x, 'sharding', None),
+    weak_type=getattr(x, 'weak_type', False),
+  )

@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from oialr_jax import sharding
 from oialr_jax import transforms
+from oialr_jax import tree
 from oialr_jax.factored import Contraction
 from oialr_jax.factored import factored  # the package's `factored` is this
 
@@ -51,6 +53,11 @@ def train_step(
   loss_fn: LossFn,
   tx: optax.GradientTransformation,
   contraction: Contraction = 'auto',
+  *,
+  accumulate: int = 1,
+  remat: bool | Callable[..., Any] = False,
+  shards: int = 1,
+  gather: Callable[[PyTree], PyTree] | None = None,
 ) -> Callable[[TrainState, Batch, Array], tuple[TrainState, Metrics]]:
   """Returns `step(state, batch, key) -> state, metrics`, to be jitted.
 
@@ -61,19 +68,56 @@ def train_step(
     loss_fn: written for dense parameters; it is evaluated with the factors.
     tx: from `train_sigma`.
     contraction: see `factored`.
+    accumulate: parts that a batch is cut into, one after the other: the step is
+      that of the means of their losses and gradients. What the model carries
+      goes from one to the next.
+    remat: what of the forward pass is not kept but computed again: nothing, or,
+      with True, all but the results of products with weights; or a policy of
+      `jax.checkpoint_policies`. A model's own `jax.checkpoint` saves more.
+    shards: see `factored`.
+    gather: `Placement.gather`, for parameters that are split: they are put
+      together for the forward pass and again for the backward pass.
+
+  Raises:
+    ValueError: accumulate is less than 1, or does not divide the batch.
   """
-  loss_fn = factored(loss_fn, contraction=contraction)
+  if accumulate < 1:
+    raise ValueError(f'accumulate={accumulate}: must be at least 1.')
+  loss_fn = factored(loss_fn, contraction=contraction, shards=shards)
+  if gather is not None:
+    whole = loss_fn
+    loss_fn = lambda params, *rest: whole(gather(params), *rest)
+  if remat or gather is not None:
+    loss_fn = jax.checkpoint(loss_fn, policy=_policy(remat))
+
+  def gradients(
+    state: TrainState, model_state: PyTree, batch: Batch, key: Array
+  ):
+    def loss_of(t):
+      params = transforms.with_trainable(state.params, t)
+      return loss_fn(params, model_state, batch, key)
+
+    grad = jax.value_and_grad(loss_of, has_aux=True)
+    out, grads = grad(transforms.trainable(state.params))
+    loss, (model_state, metrics) = out
+    return model_state, (grads, {'loss': loss, **metrics})
+
+  def accumulated(state: TrainState, batch: Batch, key: Array):
+    def one(model_state, part):
+      return gradients(state, model_state, part[0], part[1])
+
+    parts = _parts(batch, accumulate), jax.random.split(key, accumulate)
+    model_state, found = jax.lax.scan(one, state.model_state, parts)
+    return model_state, jax.tree.map(lambda x: jnp.mean(x, axis=0), found)
 
   def step(state: TrainState, batch: Batch, key: Array):
     key = jax.random.fold_in(key, state.step)
+    if accumulate == 1:
+      found = gradients(state, state.model_state, batch, key)
+    else:
+      found = accumulated(state, batch, key)
+    model_state, (grads, metrics) = found
     old = transforms.trainable(state.params)
-
-    def loss_of(t):
-      params = transforms.with_trainable(state.params, t)
-      return loss_fn(params, state.model_state, batch, key)
-
-    grad = jax.value_and_grad(loss_of, has_aux=True)
-    (loss, (model_state, metrics)), grads = grad(old)
     updates, opt_state = tx.update(grads, state.opt_state, old)
     new = optax.apply_updates(old, updates)
     state = TrainState(
@@ -82,19 +126,19 @@ def train_step(
       opt_state=opt_state,
       model_state=model_state,
     )
-    return state, {'loss': loss, **metrics}
+    return state, metrics
 
   return step
 
 
 def eval_step(
-  eval_fn: EvalFn, contraction: Contraction = 'auto'
+  eval_fn: EvalFn, contraction: Contraction = 'auto', *, shards: int = 1
 ) -> Callable[[PyTree, PyTree, Batch], tuple[Metrics, Array]]:
   """Returns `step(params, model_state, batch) -> sums, count`, to be jitted.
 
   Examples whose `batch['mask']` is 0 are padding: they count as none.
   """
-  eval_fn = factored(eval_fn, contraction=contraction)
+  eval_fn = factored(eval_fn, contraction=contraction, shards=shards)
 
   def step(params: PyTree, model_state: PyTree, batch: Batch):
     metrics = eval_fn(params, model_state, batch)
@@ -105,3 +149,48 @@ def eval_step(
     return sums, jnp.sum(mask > 0)
 
   return step
+
+
+def loss_step(
+  loss_fn: LossFn, contraction: Contraction = 'auto', *, shards: int = 1
+) -> Callable[[TrainState, Batch, Array], Array]:
+  """Returns `loss(state, batch, key)`, the loss alone, to be jitted."""
+  loss_fn = factored(loss_fn, contraction=contraction, shards=shards)
+  return lambda state, batch, key: loss_fn(
+    state.params, state.model_state, batch, key
+  )[0]
+
+
+def _parts(batch: Batch, count: int) -> Batch:
+  """The batch as `[count, examples, ...]`, every count-th example in a part.
+
+  So each device has its share of every part in what it has of the batch.
+  """
+
+  def cut(path, x):
+    if not jnp.ndim(x):
+      return jnp.broadcast_to(x, (count,))
+    if len(x) % count:
+      raise ValueError(
+        f'accumulate={count}: does not divide the {len(x)} examples of '
+        f'batch[{path!r}].'
+      )
+    return jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0)
+
+  return tree.map_with_path(cut, batch)
+
+
+def _policy(remat: bool | Callable[..., Any]) -> Callable[..., Any]:
+  """What of the forward pass is kept."""
+  if not remat:
+    policies = jax.checkpoint_policies
+    return policies.save_anything_except_these_names(sharding.GATHERED)
+  return remat if callable(remat) else _products_with_weights
+
+
+def _products_with_weights(primitive, *operands: Any, **params: Any) -> bool:
+  """The policy of `jax.checkpoint` that keeps these alone."""
+  if primitive.name == 'conv_general_dilated':
+    return True
+  dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+  return dots(primitive, *operands, **params)

@@ -1,0 +1,1 @@
+"""Examples to start from, each a short program; the tests run them."""

@@ -1,0 +1,326 @@
+"""Where arrays live: a mesh of devices, and which axes are split over it.
+
+A mesh has three axes. Batches are split over `data` and `fsdp`; parameters and
+the optimiser's state over `fsdp`, and over `tensor` where a rule says so. What
+is split is found by `jax.jit`'s partitioner, so that the function computed is
+the same on any mesh, to rounding. Nothing of a low-rank kernel but Sigma has a
+gradient, hence nothing else is reduced over `data`.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+import math
+import re
+import sys
+from typing import Any
+
+import jax
+from jax import ad_checkpoint
+import numpy as np
+
+from oialr_jax import lowrank
+from oialr_jax import transforms
+from oialr_jax import tree
+
+PyTree = Any
+Mesh = jax.sharding.Mesh
+NamedSharding = jax.sharding.NamedSharding
+Spec = jax.sharding.PartitionSpec
+
+DATA, FSDP, TENSOR = AXES = ('data', 'fsdp', 'tensor')
+_BATCH = Spec((DATA, FSDP))
+# The name, for policies of `jax.checkpoint`, of what was put together for use.
+GATHERED = 'gathered'
+
+
+def make_mesh(
+  *,
+  data: int = -1,
+  fsdp: int = 1,
+  tensor: int = 1,
+  devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+  """A mesh with the axes `data`, `fsdp` and `tensor`.
+
+  Args:
+    data: replicas of the parameters; -1 takes all devices that are left.
+    fsdp: devices that parameters and the optimiser's state are split over.
+    tensor: devices that the rules of a `Placement` split kernels over.
+    devices: to use; by default all, those of other hosts included.
+
+  Raises:
+    ValueError: the sizes do not make up the number of devices.
+  """
+  devices = jax.devices() if devices is None else list(devices)
+  rest = fsdp * tensor
+  if data == -1 and rest > 0:
+    data = len(devices) // rest
+  if min(data, fsdp, tensor) < 1 or data * rest != len(devices):
+    raise ValueError(
+      f'data={data}, fsdp={fsdp}, tensor={tensor}: must be at least 1 and '
+      f'multiply to {len(devices)}, the number of devices.'
+    )
+  return jax.make_mesh(
+    (data, fsdp, tensor),
+    AXES,
+    axis_types=(jax.sharding.AxisType.Auto,) * 3,
+    devices=devices,
+  )
+
+
+def initialize(
+  coordinator: str | None = None,
+  processes: int | None = None,
+  process: int | None = None,
+):
+  """Joins the processes of a run; call it before anything else of JAX.
+
+  On a Cloud TPU pod, under Slurm, Open MPI and on GKE nothing needs to be said.
+  Without arguments, where no such cluster is found, nothing is done: the run is
+  that of one process.
+
+  Args:
+    coordinator: 'host:port' of process 0.
+    processes: how many there are.
+    process: which of them this one is.
+
+  Raises:
+    ValueError: only some of the three are given.
+    RuntimeError: the processes do not find each other, or JAX was used before.
+  """
+  given = [x is not None for x in (coordinator, processes, process)]
+  if any(given) and not all(given):
+    raise ValueError(
+      f'coordinator={coordinator}, processes={processes}, process={process}: '
+      'pass all three, or none where the cluster knows them.'
+    )
+  if jax.distributed.is_initialized():
+    return
+  if all(given):
+    jax.distributed.initialize(coordinator, processes, process)
+    return
+  try:
+    jax.distributed.initialize()
+  except ValueError:  # no cluster was detected: coordinator_address is missing
+    return
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+  """Says of every array of a run on which devices which part of it is.
+
+  Attributes:
+    mesh: from `make_mesh`.
+    rules: (pattern, spec) pairs for parameters: the first pattern that is found
+      in the path (`re.search`) says how the *dense* kernel is split over
+      `tensor`. In a low-rank kernel U is split as the rows are and V^T as the
+      columns.
+    min_size: arrays with fewer numbers are not split over `fsdp`.
+
+  Raises:
+    ValueError: the mesh lacks an axis; a pattern is no regular expression; a
+      rule names another axis than `tensor`.
+  """
+
+  mesh: Mesh
+  rules: tuple[tuple[str, Spec], ...] = ()
+  min_size: int = 1024
+
+  def __post_init__(self):
+    if self.mesh.axis_names != AXES:
+      raise ValueError(
+        f'mesh has the axes {self.mesh.axis_names}: must be {AXES}; see '
+        'make_mesh.'
+      )
+    object.__setattr__(self, 'rules', tuple(map(tuple, self.rules)))
+    for pattern, spec in self.rules:
+      tree.pattern('rules', pattern)
+      for axis in _axes(spec):
+        if axis != TENSOR:
+          raise ValueError(
+            f'rules[{pattern!r}]={spec}: rules split over {TENSOR!r} alone, not '
+            f'{axis!r}; over {FSDP!r} what is large enough is split by itself.'
+          )
+
+  @property
+  def replicas(self) -> int:
+    """Parts that a batch is split into."""
+    return self.mesh.shape[DATA] * self.mesh.shape[FSDP]
+
+  @property
+  def replicated(self) -> NamedSharding:
+    """Of what every device has a whole copy of."""
+    return NamedSharding(self.mesh, Spec())
+
+  def shardings(self, params: PyTree, *others: PyTree) -> Any:
+    """Shardings of parameters, and of trees that hold arrays like theirs.
+
+    Args:
+      params: arrays or shapes.
+      *others: such as the optimiser's state: a leaf whose path ends in that of
+        a trainable leaf of the same shape is split as that one is.
+
+    Returns:
+      A tree like params, or a tuple of trees like all of the arguments.
+    """
+    nodes = tree.flatten(params, lowrank.is_factored)
+    placed = {path: self._node(path, x) for path, x in nodes.items()}
+    mine = tree.map_with_path(
+      lambda path, _: placed[path], params, is_leaf=lowrank.is_factored
+    )
+    if not others:
+      return mine
+    placed = tree.flatten(transforms.trainable(mine))
+    shapes = tree.flatten(transforms.trainable(params))
+
+    def place(path, x):
+      for name in _suffixes(path):
+        if name in shapes and shapes[name].shape == x.shape:
+          return placed[name]
+      return self._filled(x.shape)
+
+    return mine, *(tree.map_with_path(place, t) for t in others)
+
+  @property
+  def gather(self) -> Callable[[PyTree], PyTree] | None:
+    """Puts parameters together again, where they are used; see `train_step`.
+
+    None where nothing is split over `fsdp`. Left alone, the partitioner might
+    move activations instead, which are larger.
+    """
+    return self._gathered if self.mesh.shape[FSDP] > 1 else None
+
+  def _gathered(self, params: PyTree) -> PyTree:
+    unsplit = dataclasses.replace(self, min_size=sys.maxsize)
+    params = jax.lax.with_sharding_constraint(params, unsplit.shardings(params))
+    name = lambda x: ad_checkpoint.checkpoint_name(x, GATHERED)
+    return jax.tree.map(name, params)
+
+  def constrain(
+    self, params: PyTree, opt_state: PyTree, others: PyTree
+  ) -> tuple[PyTree, PyTree, PyTree]:
+    """Inside of a program: these as `shardings` says, all others replicated."""
+    placed = (
+      *self.shardings(params, opt_state),
+      jax.tree.map(lambda _: self.replicated, others),
+    )
+    return jax.lax.with_sharding_constraint((params, opt_state, others), placed)
+
+  def put(self, arrays: PyTree, shardings: PyTree) -> PyTree:
+    """The arrays where they belong; those that are there stay.
+
+    Args:
+      arrays: of the host, the same in every process, or of the mesh's devices.
+      shardings: a tree like it.
+    """
+    if jax.process_count() == 1:
+      return jax.device_put(arrays, shardings)
+    return jax.tree.map(_put_globally, arrays, shardings)
+
+  def batch(self, batch: PyTree) -> PyTree:
+    """A batch on the devices, split along its first axis.
+
+    Args:
+      batch: arrays, the first axis of each being that of the examples; of
+        several processes each gives its part, in the order of the processes.
+
+    Raises:
+      ValueError: the examples do not divide by the devices.
+    """
+    return tree.map_with_path(self._put_examples, batch)
+
+  def _put_examples(self, path: str, x: Any) -> jax.Array:
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+      return x  # somebody has made a global array of it
+    if not np.ndim(x):
+      return self.put(x, self.replicated)
+    here = max(1, self.replicas // jax.process_count())
+    if len(x) % here:
+      raise ValueError(
+        f'batch[{path!r}]: {len(x)} examples do not divide by the {here} '
+        'devices that share them; pass a multiple, or a smaller mesh '
+        '(sharding.make_mesh(devices=jax.devices()[:1])).'
+      )
+    sharding = NamedSharding(self.mesh, _BATCH)
+    if jax.process_count() == 1:
+      return jax.device_put(x, sharding)
+    return jax.make_array_from_process_local_data(sharding, np.asarray(x))
+
+  def _node(self, path: str, leaf: Any) -> Any:
+    """The sharding of a leaf of the parameters, of each part of a node."""
+    spec = self._rule(path, leaf)
+    if not lowrank.is_factored(leaf):
+      return self._filled(leaf.shape, spec)
+    batch, rows, cols = _split_spec(leaf.view, spec, leaf.ndim)
+    left, right = (*batch, *rows), (*batch, None, *cols)
+    if lowrank.is_low_rank(leaf):
+      parts = {'u': left, 's': batch, 'vt': right}
+    else:
+      parts = {'a': left, 'b': right}
+    place = lambda name: self._filled(getattr(leaf, name).shape, parts[name])
+    return dataclasses.replace(leaf, **{name: place(name) for name in parts})
+
+  def _rule(self, path: str, leaf: Any) -> Spec:
+    for pattern, spec in self.rules:
+      if re.search(pattern, path):
+        if len(spec) > len(leaf.shape):
+          raise ValueError(
+            f'rules[{pattern!r}]={spec}: {path!r} has {len(leaf.shape)} axes.'
+          )
+        return spec
+    return Spec()
+
+  def _filled(
+    self, shape: tuple[int, ...], spec: Sequence[Any] = ()
+  ) -> NamedSharding:
+    """Splits the largest axis that divides over `fsdp`, where no rule does."""
+    parts = [*spec, *[None] * (len(shape) - len(spec))]
+    size = self.mesh.shape[FSDP]
+    wanted = size > 1 and FSDP not in _axes(spec)
+    if wanted and math.prod(shape) >= self.min_size:
+      fits = [
+        i for i, n in enumerate(shape) if parts[i] is None and n % size == 0
+      ]
+      if fits:
+        parts[max(fits, key=lambda i: shape[i])] = FSDP
+    return NamedSharding(self.mesh, Spec(*parts))
+
+
+def _put_globally(x: Any, where: NamedSharding) -> jax.Array:
+  """Of what every process has the whole, each puts what its devices hold."""
+  if isinstance(x, jax.Array) and not x.is_fully_addressable:
+    return jax.device_put(x, where)
+  if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+    data = _put_globally(jax.random.key_data(x), where)
+    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+  x = np.asarray(x)
+  return jax.make_array_from_callback(x.shape, where, x.__getitem__)
+
+
+def _split_spec(
+  view: lowrank.MatrixView, spec: Spec, ndim: int
+) -> tuple[list, list, list]:
+  """A kernel's spec as those of its batch, row and column axes."""
+  lead = ndim - view.ndim
+  whole = [*spec, *[None] * (ndim - len(spec))]
+  blocks = view.blocks or (1,) * view.ndim
+  # Of an axis that is cut it is the blocks that are split.
+  core = [
+    part
+    for name, count in zip(whole[lead:], blocks, strict=True)
+    for part in ((name,) if count == 1 else (name, None))
+  ]
+  pick = lambda axes: [core[a] for a in axes]
+  return [*whole[:lead], *pick(view.batch)], pick(view.rows), pick(view.cols)
+
+
+def _axes(spec: Sequence[Any]) -> list[str]:
+  """The names in a spec, those in groups as well."""
+  groups = (x if isinstance(x, tuple) else (x,) for x in spec)
+  return [name for group in groups for name in group if name is not None]
+
+
+def _suffixes(path: str) -> Iterator[str]:
+  """The path, then without its first key, and so on."""
+  keys = path.split('/')
+  return ('/'.join(keys[i:]) for i in range(len(keys)))

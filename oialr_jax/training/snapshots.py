@@ -1,0 +1,95 @@
+"""What a checkpoint's manifest says of a run, and what follows from it."""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import json
+from typing import Any
+
+import jax
+
+from oialr_jax import checkpoint
+from oialr_jax import layers as layers_lib
+from oialr_jax import metrics
+from oialr_jax import schedule as schedule_lib
+from oialr_jax import transforms
+from oialr_jax import tree
+
+PyTree = Any
+
+
+def identity(
+  params: PyTree,
+  layers: Sequence[layers_lib.Layer],
+  schedule: schedule_lib.Schedule | None,
+  seed: int,
+) -> dict[str, Any]:
+  """What has to be the same where a run is resumed.
+
+  The mesh is not in it: a run may go on with any number of devices.
+
+  Args:
+    params: shapes of the parameters that the run begins with.
+    layers: that the method is used on.
+    schedule: of the method; None for a dense run.
+    seed: of the run's key.
+  """
+  leaves = tree.flatten(params)
+  found = {
+    'parameters': {p: f'{x.dtype}{list(x.shape)}' for p, x in leaves.items()},
+    'layers': {x.path: [*x.matrix, x.stack] for x in layers},
+    'schedule': dataclasses.asdict(schedule) if schedule else {},
+    'seed': {'seed': seed},
+  }
+  return json.loads(json.dumps(found))  # as it is read again: without tuples
+
+
+def check_same(mine: Mapping[str, Any], theirs: Mapping[str, Any]):
+  """Compares two identities.
+
+  Raises:
+    ValueError: they differ; says in what.
+  """
+  for what, values in mine.items():
+    others = theirs[what]
+    differing = [
+      f'{k!r}: {others.get(k)} there, {values.get(k)} here'
+      for k in {**values, **others}
+      if others.get(k) != values.get(k)
+    ]
+    if differing:
+      raise ValueError(
+        f'the checkpoint is of another run, its {what} differ: '
+        + '; '.join(differing[:5])
+        + ('; ...' if len(differing) > 5 else '')
+      )
+
+
+def shapes(
+  params: PyTree,
+  layers: Sequence[layers_lib.Layer],
+  manifest: checkpoint.Manifest,
+) -> tuple[PyTree, dict[str, jax.ShapeDtypeStruct]]:
+  """Of the parameters of a snapshot, and of the bases that it holds by path.
+
+  Args:
+    params: shapes of the parameters that the run began with.
+    layers: that the method is used on.
+    manifest: of the snapshot.
+  """
+  ranks, by_path = manifest['ranks'], {x.path: x for x in layers}
+  there = transforms.low_rank_leaves(params)
+  wanted = [by_path[path] for path in ranks if path not in there]
+
+  def convert(params):
+    nodes = transforms.low_rank_leaves(params)
+    small = {p: transforms.sliced(x, ranks[p]) for p, x in nodes.items()}
+    params = transforms.replaced(params, small)
+    if not wanted:
+      return params
+    dtype = manifest['run']['schedule']['basis_dtype']
+    rank = {x.path: ranks[x.path] for x in wanted}
+    return transforms.to_lowrank(params, wanted, rank=rank, basis_dtype=dtype)
+
+  params = jax.eval_shape(convert, params)
+  measured = [by_path[path] for path in manifest['bases']]
+  return params, jax.eval_shape(lambda p: metrics.basis(p, measured), params)

@@ -1,0 +1,229 @@
+"""Tests of who hears what of a run, and whose error it is."""
+
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from oialr_jax import training
+from oialr_jax.training import callbacks
+from oialr_jax.training import recorder as recorder_lib
+from tests import training_test
+
+STEPS = training_test.STEPS
+
+
+class Spy(training.Callback):
+  """Ten lines: all that there is to hear."""
+
+  def __init__(self):
+    self.heard = []
+
+  def on_start(self, start):
+    self.heard.append(('start', start))
+
+  def on_step(self, step):
+    self.heard.append(('step', step))
+
+  def on_record(self, record):
+    self.heard.append(('record', record['kind']))
+
+  def on_event(self, record):
+    self.heard.append(('event', record['event']))
+
+  def on_evaluation(self, record):
+    self.heard.append(('evaluation', record['step']))
+
+  def on_checkpoint(self, step, folder):
+    self.heard.append(('checkpoint', step, folder, folder.exists()))
+
+  def close(self):
+    self.heard.append(('close',))
+
+  def of(self, what):
+    return [heard[1:] for heard in self.heard if heard[0] == what]
+
+
+class Everywhere(Spy):
+  everywhere = True
+
+
+@pytest.fixture
+def recorder():
+  """One that a spy listens to, as its attribute."""
+  recorder = recorder_lib.Recorder()
+  recorder.spy = Spy()
+  recorder.add(recorder.spy)
+  return recorder
+
+
+# In a run.
+
+
+def test_a_callback_hears_of_everything_in_order(tmp_path):
+  spy = Spy()
+  training_test.fit(
+    workdir=tmp_path, checkpoint_every=15, eval_every=20, callbacks=[spy]
+  )
+  ((start,),) = spy.of('start')
+  assert start == training.Start(steps=STEPS, first=0, examples=32)
+  assert spy.of('step') == [(step,) for step in range(1, STEPS + 1)]
+  assert spy.of('event') == [('transition',), ('update',), ('update',)]
+  assert spy.of('evaluation') == [(20,), (STEPS,)]
+  folder = tmp_path / 'checkpoints'
+  assert spy.of('checkpoint') == [
+    (step, folder / str(step), True) for step in (15, STEPS)
+  ]
+  kinds = {kind for (kind,) in spy.of('record')}
+  assert kinds >= {'train', 'event', 'compaction', 'eval', 'end'}
+  # The record, then what is about records of its kind.
+  at = spy.heard.index(('event', 'transition'))
+  assert spy.heard[at - 1] == ('record', 'event')
+  assert spy.heard[0][0] == 'start' and spy.heard[-1] == ('close',)
+
+
+def test_a_resumed_run_says_where_it_goes_on(tmp_path):
+  training_test.fit(workdir=tmp_path, stop_at=20)
+  spy = Spy()
+  result = training_test.fit(workdir=tmp_path, resume=True, callbacks=[spy])
+  ((start,),) = spy.of('start')
+  assert (start.steps, start.first) == (STEPS, 20)
+  assert start.records == result.records[: len(start.records)]
+  assert start.records[-1]['step'] == 20
+  assert spy.of('step')[0] == (21,)
+  # Not of the one that it came from.
+  assert [step for step, *_ in spy.of('checkpoint')] == [STEPS]
+
+
+def test_callbacks_are_closed_when_the_run_fails():
+  spy = Spy()
+  batch = next(training_test.problem(training_test.Net())[4]())
+  with pytest.raises(ValueError, match='data ended'):
+    training_test.fit(callbacks=[spy], data=[batch])
+  assert spy.heard[-1] == ('close',)
+
+
+@pytest.mark.parametrize(
+  'method', ['on_start', 'on_step', 'on_record', 'on_event', 'close']
+)
+def test_the_error_of_a_callback_names_it(method):
+  def fail(self, *_):
+    raise KeyError('mine')
+
+  broken = type('Broken', (training.Callback,), {method: fail})()
+  other = Spy()
+  with pytest.raises(KeyError, match='mine') as caught:
+    training_test.fit(callbacks=[broken, other])
+  assert caught.value.__notes__ == [
+    f'raised by Broken.{method}, a callback of the run'
+  ]
+  assert other.heard[-1] == ('close',)
+
+
+@pytest.mark.parametrize('wrong', [Spy, print])
+def test_what_is_no_callback_is_refused(wrong):
+  with pytest.raises(TypeError, match='is not a callback: pass an instance'):
+    training_test.fit(callbacks=[wrong])
+
+
+# The recorder.
+
+
+def test_of_several_processes_the_first_one_hears(monkeypatch):
+  monkeypatch.setattr(jax, 'process_index', lambda: 1)
+  recorder = recorder_lib.Recorder()
+  quiet, loud = Spy(), Everywhere()
+  with recorder:
+    recorder.add(quiet)
+    recorder.add(loud)
+    recorder.start(steps=1)
+  assert not quiet.heard
+  assert [heard[0] for heard in loud.heard] == ['start', 'close']
+
+
+def test_every_checkpoint_is_told_of_once(recorder):
+  folder = pathlib.Path('some')
+  recorder.start(steps=9, first=3)
+  for steps in ([3, 2], [5, 3], [6, 5], [6, 5]):
+    recorder.checkpoints(folder, steps)
+  assert [step for step, *_ in recorder.spy.of('checkpoint')] == [5, 6]
+  # Written again, after going back.
+  recorder.start(steps=9, first=5)
+  recorder.checkpoints(folder, [6, 5])
+  assert [step for step, *_ in recorder.spy.of('checkpoint')] == [5, 6, 6]
+
+
+def test_train_records_have_the_pace_of_their_own_steps(recorder, monkeypatch):
+  """At 32 examples a step: 4 steps in 2 seconds, then 2 steps in half of one.
+
+  The run has been interrupted after 100 seconds.
+  """
+  now = 0.0
+  monkeypatch.setattr(recorder_lib.time, 'perf_counter', lambda: now)
+  recorder.clock = recorder_lib.Clock()
+
+  def steps(numbers, seconds):
+    nonlocal now
+    with recorder.clock('training'):
+      now += seconds
+    for step in numbers:
+      recorder.step(step, {'loss': np.float32(step)})
+    recorder.log(settled=True)
+
+  recorder.clock.add({'training': 100.0})
+  recorder.start(steps=6, examples=32)
+  steps([1, 2, 3, 4], 2.0)
+  with recorder.clock('events'):
+    now += 10.0
+  steps([5, 6], 0.5)
+  first, last = recorder.records
+  assert (first['seconds'], last['seconds']) == (102.0, 112.5)
+  assert first['examples_per_second'] == 64
+  assert last['examples_per_second'] == 128
+  assert last['losses'] == [5, 6] and last['loss'] == 5.5
+
+
+def test_without_the_examples_of_a_step_there_is_no_pace(recorder):
+  recorder.start(steps=1)
+  recorder.step(1, {'loss': np.float32(0)})
+  recorder.log(settled=True)
+  assert 'examples_per_second' not in recorder.records[0]
+
+
+def test_rewinding_forgets_records_and_steps_under_way(recorder):
+  recorder.start(steps=9)
+  for step in (1, 2):
+    recorder.record('eval', step, loss=0.0)
+  recorder.step(3, {'loss': np.float32(np.nan)})
+  recorder.rewind(1)
+  recorder.log(settled=True)
+  assert [r['step'] for r in recorder.records] == [1]
+
+
+@pytest.mark.parametrize('name', ['seconds', 'step', 'losses'])
+def test_a_metric_may_not_be_called_like_the_rest_of_its_record(recorder, name):
+  recorder.start(steps=1)
+  recorder.step(1, {'loss': np.float32(0), name: np.float32(0)})
+  with pytest.raises(ValueError, match=f'the metric {name!r} of loss_fn has'):
+    recorder.log(settled=True)
+
+
+def test_numbers_are_named_by_where_they_are():
+  record = {
+    'kind': 'event',
+    'step': 3,
+    'event': 'update',
+    'converted': [],
+    'ranks': {'a/kernel': 4, 'b/kernel': 5},
+    'spectra': {'a/kernel': [1.0]},
+    'stability': {},
+    'seconds': 0.5,
+    'change': None,
+    'pays': True,
+  }
+  assert callbacks.numbers(record) == {
+    'ranks/a/kernel': 4,
+    'ranks/b/kernel': 5,
+    'seconds': 0.5,
+  }

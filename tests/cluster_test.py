@@ -1,0 +1,89 @@
+"""Runs on several hosts: processes that talk over the loopback interface."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests import parallel_test
+
+PROCESSES, DEVICES = 2, 2
+
+
+def start(workdir, *options, processes=PROCESSES):
+  """Starts the processes of a run."""
+  with socket.socket() as s:
+    s.bind(('localhost', 0))
+    port = str(s.getsockname()[1])
+  variables = {
+    'XLA_FLAGS': f'--xla_force_host_platform_device_count={DEVICES}',
+    'JAX_PLATFORMS': 'cpu',
+  }
+  numbers = [str(processes)], [str(i) for i in range(processes)]
+  return [
+    subprocess.Popen(
+      [sys.executable, '-m', 'tests.cluster', port, *numbers[0], i, workdir]
+      + [*options],
+      cwd=parallel_test.ROOT,
+      env={**os.environ, **variables},
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+    )
+    for i in numbers[1]
+  ]
+
+
+def finish(running):
+  """Waits; every process has to end well."""
+  said = [process.communicate(timeout=300)[0] for process in running]
+  for process, text in zip(running, said, strict=True):
+    assert process.returncode == 0, text
+
+
+@pytest.fixture(scope='module')
+def alone(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('alone')
+  finish(start(folder, processes=1))
+  return json.loads((folder / 'result-0.json').read_text())
+
+
+def assert_close(found, expected):
+  np.testing.assert_allclose(found['losses'], expected['losses'], rtol=1e-5)
+  assert found['ranks'] == expected['ranks']
+  for path, x in expected['kernels'].items():
+    apart = np.linalg.norm(np.subtract(found['kernels'][path], x))
+    assert apart < 1e-5 * np.linalg.norm(x), path
+
+
+def test_two_hosts_train_as_one_does(alone, tmp_path):
+  finish(start(tmp_path))
+  first, second = (
+    json.loads((tmp_path / f'result-{i}.json').read_text())
+    for i in range(PROCESSES)
+  )
+  assert_close(first, alone)
+  assert second == first
+  lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
+  assert [json.loads(x)['kind'] for x in lines].count('event') == 4
+
+
+def test_sigterm_to_one_of_them_saves_and_stops_all(alone, tmp_path):
+  running = start(tmp_path, 'slow')
+  for line in running[1].stdout:
+    if line.strip() == '33':
+      running[1].send_signal(signal.SIGTERM)
+      break
+  finish(running)
+  assert not (tmp_path / 'result-0.json').exists()
+  saved = [int(p.name) for p in (tmp_path / 'checkpoints').iterdir()]
+  assert 33 <= max(saved) < 60
+  # What is left is done by one host: on half of the devices.
+  finish(start(tmp_path, processes=1))
+  found = json.loads((tmp_path / 'result-0.json').read_text())
+  assert_close(found, alone)

@@ -1,0 +1,376 @@
+"""What is tested on eight devices, by `parallel_test`."""
+
+import collections
+import functools
+import re
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import oialr_jax as oialr
+from oialr_jax import data
+from oialr_jax import models
+from oialr_jax import sharding
+from oialr_jax import training
+from tests import hlo
+from tests import resume_test
+
+P = jax.sharding.PartitionSpec
+STEPS = 60
+SCHEDULE = oialr.Schedule(
+  steps=STEPS, delay=20, every=10, cutoff=0.3, progressive=1.0
+)
+POLICY = training.Compaction(min_saving=0, multiple_of=8, reproducible=True)
+# All of them share what is split over fsdp: the arrays here are small.
+SMALL = 16
+
+
+class Net(nn.Module):
+  """A convolution, a norm over the batch, two hidden layers, and a head."""
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    x = nn.relu(nn.Conv(16, (3, 3), strides=2, name='conv')(x))
+    x = nn.BatchNorm(not train, momentum=0.5, name='norm')(x)
+    x = x.reshape(len(x), -1)
+    x = nn.relu(nn.Dense(64, name='first')(x))
+    x = nn.Dropout(0.1, deterministic=not train)(x)
+    x = nn.relu(nn.Dense(48, name='second')(x))
+    return nn.Dense(5, name='head')(x)
+
+
+NET = Net()
+INPUTS = np.random.default_rng(0).normal(size=(96, 8, 8, 3)).astype(np.float32)
+LABELS = np.argmax(
+  INPUTS.mean((1, 2)) @ np.ones((3, 5)) + INPUTS[:, 0, :5, 0], 1
+)
+
+
+def loss(params, model_state, batch, key):
+  logits, model_state = NET.apply(
+    {'params': params, **model_state},
+    batch['x'],
+    train=True,
+    mutable=list(model_state),
+    rngs={'dropout': key},
+  )
+  losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch['y'])
+  return losses.mean(), (dict(model_state), {})
+
+
+def evaluate(params, model_state, batch):
+  logits = NET.apply({'params': params, **model_state}, batch['x'])
+  return {'accuracy': (jnp.argmax(logits, -1) == batch['y']).astype(float)}
+
+
+def batches():
+  def start_at(step):
+    mine = np.arange(32).reshape(jax.process_count(), -1)[jax.process_index()]
+    while True:
+      index = np.random.default_rng([1, step]).permutation(96)[mine]
+      yield {'x': INPUTS[index], 'y': LABELS[index]}
+      step += 1
+
+  return data.Batches(start_at)
+
+
+def eval_batches():
+  mine = np.arange(96).reshape(jax.process_count(), -1)[jax.process_index()]
+  return [{'x': INPUTS[mine], 'y': LABELS[mine]}]
+
+
+def fit(placement, **options):
+  variables = NET.init(jax.random.key(0), INPUTS[:1])
+  defaults = dict(
+    optimizer=optax.adamw(1e-3),
+    steps=STEPS,
+    schedule=SCHEDULE,
+    model_state={'batch_stats': variables['batch_stats']},
+    eval_fn=evaluate,
+    eval_data=eval_batches,
+    eval_every=25,
+    log_every=20,
+    compaction=POLICY,
+    placement=placement,
+  )
+  return training.fit(
+    loss, variables['params'], batches(), **(defaults | options)
+  )
+
+
+def place(count=8, rules=(), **sizes):
+  mesh = sharding.make_mesh(devices=jax.devices()[:count], **sizes)
+  return sharding.Placement(mesh, rules, min_size=SMALL)
+
+
+PLACEMENTS = {
+  'data': dict(),
+  'fsdp': dict(data=1, fsdp=8),
+  'data and fsdp': dict(data=2, fsdp=4),
+  'tensor': dict(
+    data=2,
+    fsdp=2,
+    tensor=2,
+    rules=(
+      ('first/kernel', P(None, 'tensor')),
+      ('second/kernel', P('tensor')),
+    ),
+  ),
+}
+
+
+@pytest.fixture(scope='module')
+def alone():
+  return fit(place(1))
+
+
+def losses(result):
+  return np.concatenate([r['losses'] for r in result.select('train')])
+
+
+def assert_close(result, other, rtol=1e-5):
+  np.testing.assert_allclose(losses(result), losses(other), rtol=rtol)
+  ranks = lambda run: [(e['step'], e['ranks']) for e in run.select('event')]
+  assert ranks(result) == ranks(other)
+  assert oialr.ranks(result.params) == oialr.ranks(other.params)
+  apart = lambda a, b: np.linalg.norm(a - b) / np.linalg.norm(b)
+  dense = [jax.device_get(oialr.to_dense(x.params)) for x in (result, other)]
+  assert max(jax.tree.leaves(jax.tree.map(apart, *dense))) < rtol
+  accuracies = lambda run: [r['accuracy'] for r in run.select('eval')]
+  np.testing.assert_allclose(accuracies(result), accuracies(other))
+
+
+@pytest.mark.parametrize('name', PLACEMENTS)
+def test_a_run_is_the_same_on_any_mesh(alone, name):
+  result = fit(place(**PLACEMENTS[name]))
+  assert_close(result, alone)
+  kinds = [r['event'] for r in result.select('event')]
+  assert kinds == ['transition', 'update', 'update', 'update']
+  assert result.select('compaction')
+
+
+def test_fsdp_splits_what_is_there_to_split():
+  result = fit(place(**PLACEMENTS['fsdp']), stop_at=35)
+  node = result.params['first']['kernel']
+  assert oialr.is_low_rank(node)
+  for x in (node.u, node.s, node.vt):
+    assert x.addressable_shards[0].data.size == x.size // 8
+  moments = result.state.opt_state[0].mu['first']['kernel']
+  assert moments.sharding == node.s.sharding
+
+
+def test_rules_split_rows_and_columns():
+  params = fit(place(**PLACEMENTS['tensor']), stop_at=35).params
+  first, second = params['first']['kernel'], params['second']['kernel']
+  assert first.vt.sharding.spec[1] == 'tensor'
+  assert 'tensor' not in jax.tree.leaves(tuple(first.u.sharding.spec))
+  assert second.u.sharding.spec[0] == 'tensor'
+  assert 'tensor' not in jax.tree.leaves(tuple(second.vt.sharding.spec))
+
+
+@pytest.mark.parametrize('saved, restored', [(8, 1), (8, 4), (1, 8), (4, 8)])
+def test_a_run_goes_on_with_another_number_of_devices(
+  alone, tmp_path, saved, restored
+):
+  wide = lambda n: place(n, data=1, fsdp=n) if n == 8 else place(n)
+  with pytest.raises(KeyboardInterrupt):
+    fit(
+      wide(saved),
+      workdir=tmp_path,
+      checkpoint_every=7,
+      callbacks=[resume_test.Stop(37)],
+    )
+  result = fit(wide(restored), workdir=tmp_path, resume=True)
+  assert_close(result, alone)
+
+
+def test_accumulated_steps_are_split_likewise():
+  plain = fit(place(1), accumulate=2, stop_at=25)
+  assert_close(fit(place(4), accumulate=2, stop_at=25), plain)
+
+
+def test_examples_that_do_not_divide_are_an_error():
+  few = [{'x': INPUTS[:12], 'y': LABELS[:12]}]
+  with pytest.raises(ValueError, match=r"batch\['x'\]: 12 examples do not"):
+    training.fit(
+      loss, {}, few, optimizer=optax.sgd(1.0), steps=1, placement=place()
+    )
+
+
+# The step, by its compiled program.
+
+
+def test_the_partitioner_and_shard_map_agree():
+  """`shard_map` says by hand what is reduced: gradients and the loss."""
+  placement = place()
+  model = models.create('mlp', widths=(64, 64))
+  x, y = INPUTS[:64].reshape(64, -1), LABELS[:64]
+  params = model.init(jax.random.key(0), x[:1])['params']
+
+  def loss_of(params, batch):
+    logits = model.apply({'params': params}, batch['x'])
+    return optax.softmax_cross_entropy_with_integer_labels(
+      logits, batch['y']
+    ).mean()
+
+  full = lambda params, state, batch, key: (
+    loss_of(params, batch),
+    (state, {}),
+  )
+  layers = oialr.select(oialr.find_layers(model.apply, {'params': params}, x))
+  layers = oialr.select(oialr.find_layers(loss_of, params, {'x': x, 'y': y}))
+  params = oialr.to_lowrank(params, layers, rank=0.3)
+  tx = oialr.train_sigma(optax.adam(1e-2))
+  forward = oialr.factored(loss_of)
+
+  @jax.jit
+  @functools.partial(
+    jax.shard_map,
+    mesh=placement.mesh,
+    in_specs=(P(), P(), P('data')),
+    out_specs=(P(), P(), P()),
+  )
+  def by_hand(params, opt_state, batch):
+    t = oialr.trainable(params)
+    # Varying over the devices, so that nothing is reduced unasked.
+    mine = jax.tree.map(lambda x: jax.lax.pcast(x, 'data', to='varying'), t)
+    value, grads = jax.value_and_grad(
+      lambda t: forward(oialr.with_trainable(params, t), batch)
+    )(mine)
+    value, grads = jax.lax.pmean((value, grads), 'data')
+    updates, opt_state = tx.update(grads, opt_state, t)
+    new = oialr.with_trainable(params, optax.apply_updates(t, updates))
+    return new, opt_state, value
+
+  step = jax.jit(training.train_step(full, tx, shards=8))
+  state = training.TrainState(
+    jnp.zeros((), jnp.int32), params, tx.init(params), {}
+  )
+  state = jax.device_put(state, placement.replicated)
+  mine, opt_state = state.params, state.opt_state
+  batch = placement.batch({'x': x, 'y': y})
+  for _ in range(5):
+    state, metrics = step(state, batch, jax.random.key(0))
+    mine, opt_state, value = by_hand(mine, opt_state, batch)
+    np.testing.assert_allclose(metrics['loss'], value, rtol=1e-6)
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6),
+    state.params,
+    mine,
+  )
+
+
+@functools.cache
+def vit():
+  """A mini ViT of two blocks: shapes of parameters, loss, batch, layers."""
+  model = models.create('mini_vit', depth=2)
+  batch = {
+    'image': jax.ShapeDtypeStruct((64, 32, 32, 3), jnp.float32),
+    'label': jax.ShapeDtypeStruct((64,), jnp.int32),
+  }
+  init = lambda key: model.init(key, jnp.zeros((1, 32, 32, 3)))['params']
+  params = jax.eval_shape(init, jax.random.key(0))
+
+  def loss(params, state, batch, key):
+    logits = model.apply(
+      {'params': params}, batch['image'], train=True, rngs={'dropout': key}
+    )
+    return optax.softmax_cross_entropy_with_integer_labels(
+      logits, batch['label']
+    ).mean(), (state, {})
+
+  key = jax.random.key(0)
+  layers = oialr.select(
+    oialr.find_layers(loss, params, {}, batch, key), keep_last=True
+  )
+  return params, loss, batch, layers
+
+
+def compiled_step(placement, share):
+  """The compiled step with ranks of this share; parameters and state."""
+  params, loss, batch, layers = vit()
+  if share is not None:
+    rank = {x.path: round(share * min(x.matrix) / 8) * 8 for x in layers}
+    convert = lambda p: oialr.to_lowrank(p, layers, rank=rank)
+    params = jax.eval_shape(convert, params)
+  tx = oialr.train_sigma(optax.adamw(1e-3))
+  opt_state = jax.eval_shape(tx.init, params)
+  placed = placement.shardings(params, opt_state)
+  shapes = lambda t, s: jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), t, s
+  )
+  parts = shapes((params, opt_state), placed)
+  where = jax.sharding.NamedSharding(placement.mesh, P(('data', 'fsdp')))
+  batch = shapes(batch, {k: where for k in batch})
+  step = jax.ShapeDtypeStruct((), jnp.int32, sharding=placement.replicated)
+  state = training.TrainState(step, *parts, {})
+  program = jax.jit(
+    training.train_step(
+      loss, tx, shards=placement.replicas, gather=placement.gather
+    ),
+    out_shardings=(
+      training.TrainState(placement.replicated, *placed, {}),
+      placement.replicated,
+    ),
+  )
+  return program.lower(state, batch, jax.random.key(0)).compile(), parts
+
+
+# Of min(m, n): all of the layers' parameters, 16 % of them, 5 %.
+SHARES = {'dense': None, '16 %': 0.69, '5 %': 0.37}
+
+
+@pytest.mark.parametrize('name', SHARES)
+def test_what_is_reduced_is_what_trains(name):
+  """Bytes all-reduced in a step: trainable ones and a scalar, the loss."""
+  placement = sharding.Placement(sharding.make_mesh())
+  program, (params, _) = compiled_step(placement, SHARES[name])
+  trains = collections.Counter(
+    4 * x.size for x in jax.tree.leaves(oialr.trainable(params))
+  )
+  found = hlo.collectives(program)
+  reduced = collections.Counter(size for _, size in found['all-reduce'])
+  assert reduced == trains + collections.Counter([4])
+  assert not any(found[kind] for kind in found if kind != 'all-reduce')
+  counts = oialr.count(params)
+  print(
+    f'{name}: {100 * counts.trainable / counts.dense:.1f} % trainable, '
+    f'{hlo.sent(program, "all-reduce") / 1e6:.2f} MB all-reduced'
+  )
+
+
+@pytest.mark.parametrize('name', SHARES)
+def test_fsdp_divides_the_memory_and_reduces_no_basis(name):
+  placement = sharding.Placement(sharding.make_mesh(data=1, fsdp=8))
+  program, parts = compiled_step(placement, SHARES[name])
+  size = lambda shape, x: np.prod(shape, dtype=int) * x.dtype.itemsize
+  leaves = jax.tree.leaves(parts)
+  total = sum(size(x.shape, x) for x in leaves)
+  each = sum(size(x.sharding.shard_shape(x.shape), x) for x in leaves)
+  assert total / 8 <= each <= 1.1 * total / 8
+  # As compiled: the arguments of a device are its parts, and of the batch.
+  batch = (64 // 8) * (32 * 32 * 3 * 4 + 4)
+  arguments = program.memory_analysis().argument_size_in_bytes
+  np.testing.assert_allclose(arguments, each + batch, rtol=0.01)
+  counts = oialr.count(parts[0])
+  assert hlo.sent(program, 'all-reduce') == 4 * counts.trainable + 4
+  print(
+    f'{name}: {each / 1e6:.1f} of {total / 1e6:.1f} MB on each of 8 devices, '
+    f'{hlo.sent(program, "all-gather") / 1e6:.1f} MB gathered'
+  )
+
+
+def test_a_mesh_says_what_is_wrong_with_it():
+  with pytest.raises(ValueError, match=r'data=3.*multiply to 8'):
+    sharding.make_mesh(data=3)
+  with pytest.raises(ValueError, match=re.escape("mesh has the axes ('x',)")):
+    sharding.Placement(jax.make_mesh((8,), ('x',)))
+  mesh = sharding.make_mesh()
+  with pytest.raises(ValueError, match="not 'model'"):
+    sharding.Placement(mesh, rules=(('kernel', P('model')),))
+  with pytest.raises(ValueError, match='not a regular expression'):
+    sharding.Placement(mesh, rules=(('*', P('tensor')),))

@@ -1,0 +1,68 @@
+"""Tests of how often a run compiles, told without running it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import oialr_jax as oialr
+from oialr_jax import models
+from oialr_jax import training
+from tests import training_test
+
+# The paper's 300 epochs of CIFAR-10: batches of 1024, of which 49 an epoch.
+SCHEDULE = oialr.Schedule(steps=14_700, delay=2500, every=500, cutoff=0.15)
+
+
+def mini_vit():
+  model = models.create('mini_vit')
+  x = jax.ShapeDtypeStruct((1024, 32, 32, 3), jnp.float32)
+  params = jax.eval_shape(model.init, jax.random.key(0), x)
+  return params, oialr.select(oialr.find_layers(model.apply, params, x))
+
+
+@pytest.mark.parametrize('factor', [0.5, 0.7, 0.8, 0.88, 0.95, 1.0])
+def test_300_epochs_of_the_mini_vit_compile_at_most_twelve_times(factor):
+  """Ranks fall by a factor an update, at most to a twentieth."""
+  params, layers = mini_vit()
+  shares = {x.path: 0.9 + 0.1 * np.sin(x.order) for x in layers}
+
+  def ranks(event, layer):
+    share = max(0.05, shares[layer.path] * factor**event.index)
+    return max(1, round(share * layer.max_rank))
+
+  compiled = training.rehearse(params, layers, SCHEDULE, ranks=ranks)
+  assert compiled[:2] == (0, 2500)
+  assert len(compiled) <= 12
+  if factor == 1.0:
+    assert len(compiled) <= 3
+  if factor <= 0.8:
+    assert len(compiled) >= 5, 'what is saved is worth it'
+  often = training.rehearse(
+    params,
+    layers,
+    SCHEDULE,
+    ranks=ranks,
+    compaction=training.Compaction(min_saving=0),
+  )
+  assert len(often) >= len(compiled)
+
+
+def test_a_rehearsal_compiles_as_the_run_does():
+  net = training_test.Net()
+  result = training_test.fit(net)
+  params, _, loss, _, batches, _ = training_test.problem(net)
+  schedule = oialr.Schedule(
+    steps=training_test.STEPS, delay=9, every=7, cutoff=0.4, progressive=1.0
+  )
+  after = {e['step']: e['ranks'] for e in result.select('event')}
+  compiled = training.rehearse(
+    params,
+    result.layers,
+    schedule,
+    ranks=lambda event, layer: after[event.step][layer.path],
+    compaction=training.Compaction(min_saving=0, multiple_of=1),
+  )
+  assert len(compiled) == result.compilations
+  slices = [r['step'] for r in result.select('compaction')]
+  assert list(compiled[2:]) == [s for s in slices if s < training_test.STEPS]
