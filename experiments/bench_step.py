@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from matplotlib import figure as mpl
 import optax
 
+from experiments import problems
 from experiments import tables
 import oialr_jax as oialr
 from oialr_jax import models
@@ -81,23 +82,6 @@ class Case:
     return (time.perf_counter() - start) / steps
 
 
-def loss_of(model: Any) -> training.LossFn:
-  """The mean square of what the model returns: its cost does not matter."""
-
-  def loss(params, model_state, batch, key):
-    out, model_state = model.apply(
-      {'params': params, **model_state},
-      *batch,
-      train=True,
-      mutable=list(model_state),
-      rngs={'dropout': key},
-    )
-    mean = jnp.mean(jnp.square(out.astype(jnp.float32)))
-    return mean, (dict(model_state), {})
-
-  return loss
-
-
 def cases(
   model: Any,
   batch: tuple,
@@ -108,7 +92,7 @@ def cases(
   """The dense step, then at every rank both ways, compiled."""
   variables = model.init(key, *batch)
   params = variables.pop('params')
-  loss = loss_of(model)
+  loss = problems.mean_square(model)
   layers = oialr.select(
     oialr.find_layers(loss, params, variables, batch, key), min_rank=2
   )

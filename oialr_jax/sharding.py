@@ -28,7 +28,8 @@ NamedSharding = jax.sharding.NamedSharding
 Spec = jax.sharding.PartitionSpec
 
 DATA, FSDP, TENSOR = AXES = ('data', 'fsdp', 'tensor')
-_BATCH = Spec((DATA, FSDP))
+# Of the first axis of a batch.
+BATCH = Spec((DATA, FSDP))
 # The name, for policies of `jax.checkpoint`, of what was put together for use.
 GATHERED = 'gathered'
 
@@ -241,7 +242,7 @@ class Placement:
         'devices that share them; pass a multiple, or a smaller mesh '
         '(sharding.make_mesh(devices=jax.devices()[:1])).'
       )
-    sharding = NamedSharding(self.mesh, _BATCH)
+    sharding = NamedSharding(self.mesh, BATCH)
     if jax.process_count() == 1:
       return jax.device_put(x, sharding)
     return jax.make_array_from_process_local_data(sharding, np.asarray(x))

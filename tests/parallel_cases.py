@@ -11,12 +11,13 @@ import numpy as np
 import optax
 import pytest
 
+from experiments import bench_mesh
+from experiments import hlo
 import oialr_jax as oialr
 from oialr_jax import data
 from oialr_jax import models
 from oialr_jax import sharding
 from oialr_jax import training
-from tests import hlo
 from tests import resume_test
 
 P = jax.sharding.PartitionSpec
@@ -221,7 +222,6 @@ def test_the_partitioner_and_shard_map_agree():
     loss_of(params, batch),
     (state, {}),
   )
-  layers = oialr.select(oialr.find_layers(model.apply, {'params': params}, x))
   layers = oialr.select(oialr.find_layers(loss_of, params, {'x': x, 'y': y}))
   params = oialr.to_lowrank(params, layers, rank=0.3)
   tx = oialr.train_sigma(optax.adam(1e-2))
@@ -266,102 +266,46 @@ def test_the_partitioner_and_shard_map_agree():
 
 @functools.cache
 def vit():
-  """A mini ViT of two blocks: shapes of parameters, loss, batch, layers."""
-  model = models.create('mini_vit', depth=2)
-  batch = {
-    'image': jax.ShapeDtypeStruct((64, 32, 32, 3), jnp.float32),
-    'label': jax.ShapeDtypeStruct((64,), jnp.int32),
-  }
-  init = lambda key: model.init(key, jnp.zeros((1, 32, 32, 3)))['params']
-  params = jax.eval_shape(init, jax.random.key(0))
-
-  def loss(params, state, batch, key):
-    logits = model.apply(
-      {'params': params}, batch['image'], train=True, rngs={'dropout': key}
-    )
-    return optax.softmax_cross_entropy_with_integer_labels(
-      logits, batch['label']
-    ).mean(), (state, {})
-
-  key = jax.random.key(0)
-  layers = oialr.select(
-    oialr.find_layers(loss, params, {}, batch, key), keep_last=True
-  )
-  return params, loss, batch, layers
+  """A mini ViT of two blocks."""
+  return bench_mesh.Problem('mini_vit', 64, depth=2)
 
 
-def compiled_step(placement, share):
-  """The compiled step with ranks of this share; parameters and state."""
-  params, loss, batch, layers = vit()
-  if share is not None:
-    rank = {x.path: round(share * min(x.matrix) / 8) * 8 for x in layers}
-    convert = lambda p: oialr.to_lowrank(p, layers, rank=rank)
-    params = jax.eval_shape(convert, params)
-  tx = oialr.train_sigma(optax.adamw(1e-3))
-  opt_state = jax.eval_shape(tx.init, params)
-  placed = placement.shardings(params, opt_state)
-  shapes = lambda t, s: jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), t, s
-  )
-  parts = shapes((params, opt_state), placed)
-  where = jax.sharding.NamedSharding(placement.mesh, P(('data', 'fsdp')))
-  batch = shapes(batch, {k: where for k in batch})
-  step = jax.ShapeDtypeStruct((), jnp.int32, sharding=placement.replicated)
-  state = training.TrainState(step, *parts, {})
-  program = jax.jit(
-    training.train_step(
-      loss, tx, shards=placement.replicas, gather=placement.gather
-    ),
-    out_shardings=(
-      training.TrainState(placement.replicated, *placed, {}),
-      placement.replicated,
-    ),
-  )
-  return program.lower(state, batch, jax.random.key(0)).compile(), parts
-
-
-# Of min(m, n): all of the layers' parameters, 16 % of them, 5 %.
-SHARES = {'dense': None, '16 %': 0.69, '5 %': 0.37}
+SHARES = {'dense': None, '16 %': 0.16, '5 %': 0.05}
 
 
 @pytest.mark.parametrize('name', SHARES)
 def test_what_is_reduced_is_what_trains(name):
   """Bytes all-reduced in a step: trainable ones and a scalar, the loss."""
   placement = sharding.Placement(sharding.make_mesh())
-  program, (params, _) = compiled_step(placement, SHARES[name])
+  step = vit().step(placement, SHARES[name])
   trains = collections.Counter(
-    4 * x.size for x in jax.tree.leaves(oialr.trainable(params))
+    4 * x.size for x in jax.tree.leaves(oialr.trainable(step.params))
   )
-  found = hlo.collectives(program)
+  found = hlo.collectives(step.program)
   reduced = collections.Counter(size for _, size in found['all-reduce'])
   assert reduced == trains + collections.Counter([4])
   assert not any(found[kind] for kind in found if kind != 'all-reduce')
-  counts = oialr.count(params)
-  print(
-    f'{name}: {100 * counts.trainable / counts.dense:.1f} % trainable, '
-    f'{hlo.sent(program, "all-reduce") / 1e6:.2f} MB all-reduced'
-  )
+  counts = oialr.count(step.params)
+  if SHARES[name]:
+    assert 0.8 * SHARES[name] < counts.trainable / counts.dense <= SHARES[name]
 
 
 @pytest.mark.parametrize('name', SHARES)
 def test_fsdp_divides_the_memory_and_reduces_no_basis(name):
   placement = sharding.Placement(sharding.make_mesh(data=1, fsdp=8))
-  program, parts = compiled_step(placement, SHARES[name])
-  size = lambda shape, x: np.prod(shape, dtype=int) * x.dtype.itemsize
-  leaves = jax.tree.leaves(parts)
-  total = sum(size(x.shape, x) for x in leaves)
-  each = sum(size(x.sharding.shard_shape(x.shape), x) for x in leaves)
-  assert total / 8 <= each <= 1.1 * total / 8
+  step = vit().step(placement, SHARES[name])
+  whole, each = step.state
+  assert whole / 8 <= each <= 1.1 * whole / 8
   # As compiled: the arguments of a device are its parts, and of the batch.
-  batch = (64 // 8) * (32 * 32 * 3 * 4 + 4)
-  arguments = program.memory_analysis().argument_size_in_bytes
+  batch = (64 // 8) * 32 * 32 * 3 * 4
+  arguments = step.program.memory_analysis().argument_size_in_bytes
   np.testing.assert_allclose(arguments, each + batch, rtol=0.01)
-  counts = oialr.count(parts[0])
-  assert hlo.sent(program, 'all-reduce') == 4 * counts.trainable + 4
-  print(
-    f'{name}: {each / 1e6:.1f} of {total / 1e6:.1f} MB on each of 8 devices, '
-    f'{hlo.sent(program, "all-gather") / 1e6:.1f} MB gathered'
-  )
+  trainable = oialr.count(step.params).trainable
+  assert step.bytes_of('all-reduce') == 4 * trainable + 4
+  # Every array is put together once or twice, nothing else is sent.
+  stored = sum(4 * x.size for x in jax.tree.leaves(step.params))
+  assert 0.9 * stored < step.bytes_of('all-gather') <= 2 * stored
+  assert not step.bytes_of('all-to-all') + step.bytes_of('collective-permute')
 
 
 def test_a_mesh_says_what_is_wrong_with_it():
