@@ -1,45 +1,85 @@
-"""What the image-classification binaries share: the task, runs, the table."""
+"""What the image-classification binaries share: task, optimiser, runs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 import dataclasses
-import json
-import math
-import pathlib
-import statistics
+import functools
 from typing import Any
 
-from absl import flags
-from absl import logging
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from experiments import tables
+from experiments import cli
+from experiments import results
+from experiments import runs
+from experiments import settings
 import oialr_jax as oialr
 from oialr_jax import data
-from oialr_jax import report
 from oialr_jax import training
 
-# The steps after the transition in which the policies are compared.
-WINDOW = 20
+Config = settings.Config
+
+# What the key of a run is folded with for augmentation: never a step.
+_AUGMENTATION = 2**32 - 1
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
-  """A Flax model and its data, as `training.fit` takes them."""
+  """A Flax model and its data, as `training.fit` takes them.
+
+  Attributes:
+    model: of images.
+    image: shape of an image.
+    train: batches for training, by the seed. Labels are numbers, or, as after
+      augmentation, distributions.
+    test: batches of an evaluation.
+    augmentation: by which test images, then raw, are normalised.
+    label_smoothing: of labels that are numbers.
+  """
 
   model: nn.Module
-  train: data.Split
-  test: data.Split
-  batch_size: int
+  image: tuple[int, ...]
+  train: Callable[[int], Iterable[Any]]
+  test: Callable[[], Iterable[Any]]
+  augmentation: data.Augmentation | None = None
   label_smoothing: float = 0.0
+
+  @classmethod
+  def of_splits(
+    cls,
+    model: nn.Module,
+    train: data.Split,
+    test: data.Split,
+    config: Config,
+    augmentation: data.Augmentation | None = None,
+  ) -> 'Task':
+    """Of images in memory, augmented on the device if at all."""
+    raw = augmentation is not None
+    size = config.batch_size
+
+    def batches(seed: int) -> data.Batches:
+      plain = data.batches(train, size, seed=seed, raw=raw)
+      if not raw:
+        return plain
+      return augmented(
+        plain, data.augment, augmentation, train.classes, seed=seed
+      )
+
+    return cls(
+      model=model,
+      image=train.image.shape[1:],
+      train=batches,
+      test=data.eval_batches(test, config.eval_batch_size, raw=raw),
+      augmentation=augmentation,
+      label_smoothing=config.get('label_smoothing', 0.0),
+    )
 
   def init(self, seed: int) -> tuple[Any, Any]:
     """Parameters and batch statistics."""
-    image = self.train.take(np.arange(1))['image']
-    variables = self.model.init(jax.random.key(seed), image)
+    image = jax.ShapeDtypeStruct((1, *self.image), jnp.float32)
+    # Lazy: nothing but the parameters is computed, or compiled.
+    variables = self.model.lazy_init(jax.random.key(seed), image)
     return variables['params'], dict(
       batch_stats=variables.get('batch_stats', {})
     )
@@ -52,14 +92,26 @@ class Task:
       mutable=list(model_state),
       rngs={'dropout': key},
     )
-    labels = optax.smooth_labels(
-      jax.nn.one_hot(batch['label'], logits.shape[-1]), self.label_smoothing
-    )
+    labels = batch['label']
+    if labels.ndim == 1:
+      labels = optax.smooth_labels(
+        jax.nn.one_hot(labels, logits.shape[-1]), self.label_smoothing
+      )
     loss = optax.softmax_cross_entropy(logits, labels).mean()
     return loss, (dict(model_state), {})
 
+  def forward(self, variables, image):
+    """Logits of test images."""
+    if self.augmentation is not None:
+      image = data.normalize(image, self.augmentation)
+    return self.model.apply(variables, image)
+
+  def probe(self) -> tuple[Any, ...]:
+    """A few test images, as `forward` takes them."""
+    return (next(iter(self.test()))['image'][:8],)
+
   def evaluate(self, params, model_state, batch):
-    logits = self.model.apply({'params': params, **model_state}, batch['image'])
+    logits = self.forward({'params': params, **model_state}, batch['image'])
     hit = jnp.argmax(logits, -1) == batch['label']
     loss = optax.softmax_cross_entropy_with_integer_labels(
       logits, batch['label']
@@ -67,148 +119,113 @@ class Task:
     return {'accuracy': hit.astype(jnp.float32), 'loss': loss}
 
 
-def optimizer(config: Any) -> optax.GradientTransformation:
-  """AdamW with clipping, on a linear warm-up and a cosine to zero."""
-  rate = optax.warmup_cosine_decay_schedule(
-    init_value=config.learning_rate / 10,
-    peak_value=config.learning_rate,
-    warmup_steps=config.warmup,
-    decay_steps=config.steps,
+def augmented(
+  batches: data.Batches,
+  augment: Callable[..., Any],
+  config: data.Augmentation,
+  classes: int,
+  *,
+  seed: int,
+) -> data.Batches:
+  """Batches after `data.augment` or `data.finish`, beside the training step.
+
+  Within the step they would be compiled anew with it at every compaction, which
+  takes longer than the step of a small network itself.
+  """
+  augment = jax.jit(functools.partial(augment, config=config, classes=classes))
+  key = jax.random.fold_in(jax.random.key(seed), _AUGMENTATION)
+  # Processes have parts of a batch: their examples are not to be treated alike.
+  key = jax.random.fold_in(key, jax.process_index())
+  return batches.map(
+    lambda batch, step: augment(batch, jax.random.fold_in(key, step))
   )
-  return optax.chain(
+
+
+def adamw(config: Config) -> Callable[[optax.Schedule], Any]:
+  """Returns AdamW with clipping, still without its rate."""
+  return lambda rate: optax.chain(
     optax.clip_by_global_norm(config.clip),
     optax.adamw(rate, weight_decay=config.weight_decay),
   )
 
 
-def quiet_libraries():
-  """Warnings only, unless --verbosity says otherwise: Orbax logs every file."""
-  if not flags.FLAGS['verbosity'].present:
-    logging.set_verbosity(logging.WARNING)
+def cosine(config: Config) -> optax.Schedule:
+  """A linear warm-up from a tenth of the rate, and a cosine to zero."""
+  if config.warmup >= config.steps:
+    raise ValueError(
+      f'config.warmup={config.warmup}: must be less than config.steps='
+      f'{config.steps}.'
+    )
+  return optax.warmup_cosine_decay_schedule(
+    init_value=config.learning_rate / 10,
+    peak_value=config.learning_rate,
+    warmup_steps=config.warmup,
+    decay_steps=config.steps,
+  )
+
+
+def compare(
+  task: Task,
+  config: Config,
+  options: cli.Options,
+  *,
+  methods: Sequence[str],
+  seeds: Sequence[int],
+  **more: Any,
+):
+  """Runs every method with every seed; prints the table and leaves a report.
+
+  result.json is written anew after every run. The report is of the first seed.
+
+  Args:
+    task: what is learnt.
+    config: the settings.
+    options: of the binary.
+    methods: see `runs.arguments`.
+    seeds: of parameters and batches.
+    **more: see `run`.
+  """
+  rows, first = {}, {}
+  for seed in seeds:
+    for method in methods:
+      result = run(task, config, options, method, seed, **more)
+      rows.setdefault(method, []).append(results.summary(result))
+      results.save(options.workdir, config, rows)
+      if seed == seeds[0]:
+        first[method] = result
+  print(results.table(rows))
+  results.write_report(options.workdir, first, task.forward, task.probe())
 
 
 def run(
   task: Task,
-  config: Any,
-  name: str,
+  config: Config,
+  options: cli.Options,
+  method: str,
   seed: int,
-  workdir: pathlib.Path,
-  *,
-  quiet: bool = False,
-  **options: Any,
+  **more: Any,
 ) -> training.Result:
-  """One run: the dense one, or OIALR by the policy that is its name."""
-  schedule = None
-  if name != 'dense':
-    schedule = oialr.Schedule(
-      steps=config.steps, policy=name, **config.oialr.to_dict()
-    )
+  """One run; `more` has steps, rate, and what else `training.fit` takes."""
   params, model_state = task.init(seed)
-  return training.fit(
-    task.loss,
-    params,
-    data.batches(task.train, task.batch_size, seed=seed),
-    optimizer=optimizer(config),
-    steps=config.steps,
-    schedule=schedule,
+  return runs.fit(
+    method,
+    config,
+    options,
+    name=f'{method}-{seed}',
+    loss_fn=task.loss,
+    params=params,
+    data=lambda: task.train(seed),
+    optimizer=adamw(config),
     model_state=model_state,
     eval_fn=task.evaluate,
-    eval_data=data.eval_batches(task.test, config.eval_batch_size),
+    eval_data=task.test,
     seed=seed,
-    compaction=training.Compaction(**config.compaction.to_dict()),
-    workdir=workdir / f'{label(name)}-{seed}',
-    callbacks=() if quiet else (training.Progress(label(name)),),
-    **options,
+    **more,
   )
 
 
-def label(name: str) -> str:
-  """What a run is called: transport is what OIALR is here."""
-  return {'transport': 'oialr'}.get(name, name)
-
-
-def summary(result: training.Result) -> dict[str, Any]:
-  """The numbers of a run that the table shows."""
-  (end,) = result.select('end')
-  final = result.select('eval')[-1]
-  seconds = end['seconds']
-  return {
-    'test accuracy %': 100 * final['accuracy'],
-    'trainable %': 100 * end['trainable'] / end['dense'],
-    'stored %': 100 * end['stored'] / end['dense'],
-    'optimiser state kB': end['optimizer_bytes'] / 1000,
-    'steps/s at the end': end['steps_per_second'],
-    'training s': seconds['training'],
-    'compiling s': seconds['compiling'],
-    'SVDs s': seconds['events'],
-    'total s (no tracking)': sum(seconds.values()) - seconds['tracking'],
-  }
-
-
-def delay(config: Any) -> int:
+def delay(config: Config) -> int:
   """The step of the transition."""
-  rules = config.oialr.to_dict()
-  return oialr.Schedule(steps=config.steps, **rules).delay_steps
-
-
-def losses(result: training.Result) -> np.ndarray:
-  """The training loss of every step."""
-  return np.concatenate([r['losses'] for r in result.select('train')])
-
-
-def after_transition(result: training.Result, delay: int) -> float:
-  """The mean training loss of the steps after the transition."""
-  return float(losses(result)[delay : delay + WINDOW].mean())
-
-
-def table(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-  """One column a method: the mean over its runs, +- the deviation."""
-  names = list(next(iter(rows.values()))[0])
-  lines = [['', *rows]]
-  for name in names:
-    cells = [[run.get(name) for run in runs] for runs in rows.values()]
-    lines.append([name, *map(_cell, cells)])
-  return tables.aligned(lines)
-
-
-def write_report(workdir: pathlib.Path, results: Mapping[str, training.Result]):
-  """Writes the pictures and the compressed model to `workdir/report`."""
-  runs = {label(name): result.records for name, result in results.items()}
-  paths = report.plots.write(workdir / 'report', runs)
-  final = results['transport'].params
-  numbers = save_compressed(workdir / 'report' / 'compressed.npz', final)
-  dense = oialr.count(final).dense
-  print(
-    f'\nReport: {", ".join(p.name for p in paths)} and compressed.npz '
-    f'({100 * numbers / dense:.1f} % of the dense numbers) in '
-    f'{workdir / "report"}'
-  )
-
-
-def save(workdir: pathlib.Path, config: Any, result: Mapping[str, Any]):
-  """Writes config.json and result.json."""
-  (workdir / 'config.json').write_text(config.to_json_best_effort(indent=2))
-  (workdir / 'result.json').write_text(json.dumps(result, indent=2))
-
-
-def save_compressed(path: pathlib.Path, params: Any) -> int:
-  """Writes the two-factor model as a .npz of arrays by path; its numbers."""
-  factors = oialr.to_factors(params)
-  arrays = {
-    jax.tree_util.keystr(key, simple=True, separator='/'): np.asarray(x)
-    for key, x in jax.tree_util.tree_leaves_with_path(factors)
-  }
-  np.savez(path, **arrays)
-  return sum(x.size for x in arrays.values())
-
-
-def _cell(values: list[float | None]) -> str:
-  values = [v for v in values if v is not None]
-  if not values:
-    return '-'
-  mean = statistics.fmean(values)
-  # Four significant digits, of the mean and of the deviation likewise.
-  digits = max(0, 3 - math.floor(math.log10(abs(mean)))) if mean else 0
-  if len(values) == 1:
-    return f'{mean:.{digits}f}'
-  return f'{mean:.{digits}f} +- {statistics.stdev(values):.{digits}f}'
+  return settings.build(
+    oialr.Schedule, config, 'oialr', steps=config.steps
+  ).delay_steps

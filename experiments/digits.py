@@ -7,58 +7,39 @@ table, and writes to --workdir: metrics, plots, the compressed model,
 `config.json` and `result.json`. See experiments/configs/digits.py.
 """
 
-import pathlib
-
-from absl import app
-from absl import flags
-from ml_collections import config_flags
-
 from experiments import classification
+from experiments import cli
+from experiments import runs
+from experiments import settings
 from oialr_jax import data
 from oialr_jax import models
 
-_CONFIG = config_flags.DEFINE_config_file(
-  'config', str(pathlib.Path(__file__).parent / 'configs' / 'digits.py')
-)
-_WORKDIR = flags.DEFINE_string(
-  'workdir', 'runs/digits', 'Folder for all that the run writes.'
-)
-_QUIET = flags.DEFINE_bool('quiet', False, 'Print the result only.')
+METHODS = ('dense', 'oialr')
 
 
-def main(argv):
-  if len(argv) > 1:
-    raise app.UsageError(f'unexpected arguments: {" ".join(argv[1:])}')
-  classification.quiet_libraries()
-  config, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value)
+def main(config: settings.Config, options: cli.Options):
   train, test = data.digits(seed=config.seed)
-  task = classification.Task(
-    model=models.Mlp(widths=(config.width,) * 3),
-    train=train,
-    test=test,
-    batch_size=config.batch_size,
-    label_smoothing=config.label_smoothing,
+  task = classification.Task.of_splits(
+    models.Mlp(widths=(config.width,) * 3), train, test, config
   )
-  results = {
-    name: classification.run(
-      task,
-      config,
-      name,
-      config.seed,
-      workdir,
-      quiet=_QUIET.value,
-      track_every=config.track_every,
-    )
-    for name in ('dense', 'transport')
-  }
-  rows = {
-    classification.label(name): [classification.summary(result)]
-    for name, result in results.items()
-  }
-  print(classification.table(rows))
-  classification.write_report(workdir, results)
-  classification.save(workdir, config, rows)
+  classification.compare(
+    task,
+    config,
+    options,
+    methods=METHODS,
+    seeds=[config.seed],
+    steps=config.steps,
+    rate=classification.cosine(config),
+    track_every=config.track_every,
+  )
 
+
+def check(config: settings.Config):
+  classification.cosine(config)
+  runs.check(config, config.steps, METHODS)
+
+
+BINARY = cli.Binary(name='digits', main=main, check=check)
 
 if __name__ == '__main__':
-  app.run(main)
+  cli.run(BINARY)

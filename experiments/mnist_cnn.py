@@ -8,71 +8,72 @@ first steps after the transition with the optimiser policies `reset` and
 `result.json` to --workdir. See experiments/configs/mnist_cnn.py.
 """
 
-import pathlib
-
-from absl import app
-from absl import flags
-from ml_collections import config_flags
-
 from experiments import classification
+from experiments import cli
+from experiments import results
+from experiments import runs
+from experiments import settings
 from oialr_jax import data
 from oialr_jax import models
 
-_CONFIG = config_flags.DEFINE_config_file(
-  'config', str(pathlib.Path(__file__).parent / 'configs' / 'mnist_cnn.py')
-)
-_WORKDIR = flags.DEFINE_string(
-  'workdir', 'runs/mnist_cnn', 'Folder for all that the run writes.'
-)
-_DATA_DIR = flags.DEFINE_string(
-  'data_dir',
-  None,
-  'Folder of prepared TFDS sets, holding mnist/VERSION/; by default '
-  '$OIALR_DATA_DIR, else ~/tensorflow_datasets.',
-)
-_QUIET = flags.DEFINE_bool('quiet', False, 'Print the result only.')
+WHOLE = ('dense', 'oialr')
+METHODS = (*WHOLE, 'reset', 'reference')
 
 
-def main(argv):
-  if len(argv) > 1:
-    raise app.UsageError(f'unexpected arguments: {" ".join(argv[1:])}')
-  classification.quiet_libraries()
-  config, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value)
-  task = classification.Task(
-    model=models.MnistCnn(),
-    train=data.load('mnist', 'train', data_dir=_DATA_DIR.value),
-    test=data.load('mnist', 'test', data_dir=_DATA_DIR.value),
-    batch_size=config.batch_size,
-    label_smoothing=config.label_smoothing,
+def main(config: settings.Config, options: cli.Options):
+  task = classification.Task.of_splits(
+    models.MnistCnn(),
+    data.load('mnist', 'train', data_dir=options.data_dir),
+    data.load('mnist', 'test', data_dir=options.data_dir),
+    config,
   )
+  delay, rate = classification.delay(config), classification.cosine(config)
   rows = {}
-  for seed in range(config.seeds):
-    results = {}
-    for name in ('dense', 'transport', 'reset', 'reference'):
-      full = name in ('dense', 'transport')
-      delay = classification.delay(config)
+  for seed in config.seeds:
+    found = {}
+    for method in METHODS:
+      whole = method in WHOLE
       result = classification.run(
         task,
         config,
-        name,
+        options,
+        method,
         seed,
-        workdir,
-        quiet=_QUIET.value,
-        track_every=config.track_every if full else None,
-        stop_at=None if full else delay + classification.WINDOW,
+        steps=config.steps,
+        rate=rate,
+        track_every=config.track_every if whole else None,
+        stop_at=None if whole else delay + results.WINDOW,
       )
-      row = classification.summary(result) if full else {}
-      row['loss after transition'] = classification.after_transition(
-        result, delay
+      row = results.summary(result) if whole else {}
+      row['loss after transition'] = results.after_transition(result, delay)
+      found[method] = result
+      rows.setdefault(method, []).append(row)
+      results.save(options.workdir, config, rows)
+    if seed == config.seeds[0]:
+      compared = {method: found[method] for method in WHOLE}
+      results.write_report(
+        options.workdir, compared, task.forward, task.probe()
       )
-      results[name] = result
-      rows.setdefault(classification.label(name), []).append(row)
-    if seed == 0:
-      compared = {n: results[n] for n in ('dense', 'transport')}
-      classification.write_report(workdir, compared)
-  print(classification.table(rows))
-  classification.save(workdir, config, rows)
+  print(results.table(rows))
 
+
+def check(config: settings.Config):
+  classification.cosine(config)
+  runs.check(config, config.steps, METHODS)
+  window = classification.delay(config) + results.WINDOW
+  if window > config.steps:
+    raise ValueError(
+      f'config.steps={config.steps}: losses are compared until step {window}.'
+    )
+
+
+BINARY = cli.Binary(
+  name='mnist_cnn',
+  main=main,
+  check=check,
+  data='Folder of prepared TFDS sets, holding mnist/VERSION/; by default '
+  '$OIALR_DATA_DIR, else ~/tensorflow_datasets.',
+)
 
 if __name__ == '__main__':
-  app.run(main)
+  cli.run(BINARY)

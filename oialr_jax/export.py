@@ -2,19 +2,19 @@
 
 `write` leaves a model twice, dense and compressed, each as arrays and a program:
 
-  dense.safetensors       the original model's parameters, by path
-  compressed.safetensors  kernels as W = A B where that is smaller
-  dense.stablehlo, compressed.stablehlo
-                          the forward pass, of any size of batch, for CPU, GPU
-                          and TPU; its first argument is what the file of arrays
-                          of the same name holds
-  SHA256SUMS              for `sha256sum --check`
+    dense.safetensors       the original model's parameters, by path
+    compressed.safetensors  kernels as W = A B where that is smaller
+    dense.stablehlo, compressed.stablehlo
+                            the forward pass, of any size of batch, for CPU, GPU
+                            and TPU; its first argument is what the file of
+                            arrays of the same name holds
+    SHA256SUMS              for `sha256sum --check`
 
 All that it takes to run one is JAX and safetensors:
 
-  program = pathlib.Path('compressed.stablehlo').read_bytes()
-  arrays = safetensors.numpy.load_file('compressed.safetensors')
-  y = jax.export.deserialize(program).call(arrays, x)
+    program = pathlib.Path('compressed.stablehlo').read_bytes()
+    arrays = safetensors.numpy.load_file('compressed.safetensors')
+    y = jax.export.deserialize(program).call(arrays, x)
 
 A file gets its name after it was read back and found to be right.
 """
@@ -107,13 +107,13 @@ def safetensors(path: Path, params: PyTree) -> int:
   W = U Sigma V^T, is 'PATH/u', 'PATH/s' and 'PATH/vt'. How they make up the
   kernel is in the file's metadata, under 'oialr_jax', as JSON. With
 
-    k = json.loads(metadata['oialr_jax'])['kernels'][PATH]
-    b, m, n = k['matrix']
+      k = json.loads(metadata['oialr_jax'])['kernels'][PATH]
+      b, m, n = k['matrix']
 
   W is, by NumPy,
 
-    w = A.reshape(b, m, -1) @ B.reshape(b, -1, n)
-    w.reshape(k['split']).transpose(k['order']).reshape(k['shape'])
+      w = A.reshape(b, m, -1) @ B.reshape(b, -1, n)
+      w.reshape(k['split']).transpose(k['order']).reshape(k['shape'])
 
   and x W of a dense layer is x.reshape(-1, m) @ A.reshape(m, -1) @
   B.reshape(-1, n).

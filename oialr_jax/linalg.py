@@ -2,14 +2,21 @@
 
 Batches of matrices `[b, m, n]`, float32 or wider, traceable. Matrices of equal
 shapes are decomposed in one batched call, which is what an accelerator needs.
+The decomposition is LAPACK's or cuSOLVER's; on TPUs, which have neither, it is
+`jacobi.svd`.
 """
 
 from collections.abc import Callable, Mapping
+import functools
 from typing import Any
 
 import jax
+import jax.extend
+from jax.interpreters import batching
+from jax.interpreters import mlir
 import jax.numpy as jnp
 
+from oialr_jax import jacobi
 from oialr_jax import lowrank
 from oialr_jax import tree
 
@@ -23,11 +30,16 @@ def svd(w: Array) -> tuple[Array, Array, Array]:
   In every column of U the entry of the largest magnitude is positive, so that
   the SVD of a falling diagonal is the identity and devices agree.
   """
-  u, s, vt = jnp.linalg.svd(w, full_matrices=False)
+  u, s, vt = _svd_p.bind(w, vectors=True)
   largest = jnp.argmax(jnp.abs(u), axis=-2, keepdims=True)
   sign = jnp.where(jnp.take_along_axis(u, largest, axis=-2) < 0, -1, 1)
   sign = sign.astype(u.dtype)
   return u * sign, s, vt * jnp.swapaxes(sign, -1, -2)
+
+
+def singular_values(w: Array) -> Array:
+  """The singular values of `w [b, m, n]`, falling: `[b, k]`."""
+  return _svd_p.bind(w, vectors=False)[0]
 
 
 def svd_live(s: Array, live: Array) -> tuple[Array, Array, Array]:
@@ -135,3 +147,41 @@ def after(done: PyTree, arrays: PyTree) -> PyTree:
     return arrays
   never = sum(map(jnp.count_nonzero, jax.tree.leaves(done))) < 0
   return jax.tree.map(lambda x: jnp.where(never, 0, x), arrays)
+
+
+# An SVD whose algorithm is chosen when a program is lowered for its platform.
+# `platform_dependent` would do, but traces what is not taken as well: 30 ms for
+# every new shape, and events are full of new shapes.
+_svd_p = jax.extend.core.Primitive('svd')
+_svd_p.multiple_results = True
+_svd_p.def_impl(jax.jit(_svd_p.bind, static_argnames='vectors'))
+
+
+@_svd_p.def_abstract_eval
+def _shapes(w, *, vectors):
+  *batch, m, n = w.shape
+  k = min(m, n)
+  of = lambda *shape: w.update(shape=(*batch, *shape), weak_type=False)
+  return (of(m, k), of(k), of(k, n)) if vectors else (of(k),)
+
+
+def _by_library(w, *, vectors):
+  found = jnp.linalg.svd(w, full_matrices=False, compute_uv=vectors)
+  return tuple(found) if vectors else (found,)
+
+
+def _by_rotations(w, *, vectors):
+  found = jacobi.svd(w.reshape(-1, *w.shape[-2:]))
+  found = [x.reshape(*w.shape[:-2], *x.shape[1:]) for x in found]
+  return found if vectors else found[1:2]
+
+
+def _batched(arrays, axes, *, vectors):
+  found = _svd_p.bind(jnp.moveaxis(*arrays, *axes, 0), vectors=vectors)
+  return found, [0] * len(found)
+
+
+_rule = functools.partial(mlir.lower_fun, multiple_results=True)
+mlir.register_lowering(_svd_p, _rule(_by_library))
+mlir.register_lowering(_svd_p, _rule(_by_rotations), platform='tpu')
+batching.primitive_batchers[_svd_p] = _batched

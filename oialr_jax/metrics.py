@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from oialr_jax import layers as layers_lib
 from oialr_jax import linalg
 from oialr_jax import lowrank
+from oialr_jax import spread
 from oialr_jax import transforms
 from oialr_jax import tree
 
@@ -73,8 +74,8 @@ def basis(
       mixing[layer.path] = lowrank.matrices(x)
     else:
       dense[layer.path] = (_matrix(x, layer),)
-  found = linalg.by_shape(_dense_basis, dense)
-  found |= linalg.by_shape(_low_rank_basis, mixing)
+  found = spread.by_shape(_dense_basis, dense)
+  found |= spread.by_shape(_low_rank_basis, mixing)
   return {layer.path: found[layer.path][0] for layer in layers}
 
 
@@ -112,7 +113,7 @@ def mixing(
   """
   leaves = _leaves(params, layers)
   kernels = {x.path: (_matrix(leaves[x.path], x),) for x in layers}
-  found = linalg.by_shape(_triangle, kernels)
+  found = spread.by_shape(_triangle, kernels)
   return {path: out[0] for path, out in found.items()}
 
 
@@ -154,7 +155,7 @@ def spectra(
       low = lowrank.is_low_rank(x)
       w = lowrank.matrices(x)[1] if low else _matrix(x, layer)
       values[layer.path] = (w,)
-  found = linalg.by_shape(_singular_values, values)
+  found = spread.by_shape(_singular_values, values)
   return {path: out[0] for path, out in found.items()}
 
 

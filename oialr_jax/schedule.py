@@ -4,6 +4,20 @@ Steps are optimiser steps; an event of step t happens after t of them, before
 the next. The first event is the transition, the others are updates, `every`
 steps apart (paper, Section 3). `Schedule.event` only reads; `apply_event` is
 the pure function that does what the event says.
+
+With a lag, an update begins after step t, when its Sigmas are taken, and is due
+`lag` steps later; meanwhile the host decomposes them. In a loop of one's own:
+
+  event = schedule.event(step)
+  if event and event.lag:
+    begun = event, threads.submit(decompose, sigmas(params))  # of transforms
+  elif event:
+    params, opt_state, report = apply_event(event, ...)
+  if begun and begun[0].due == step:
+    event, found = begun
+    params, opt_state, report = apply_event(
+      event, ..., rotations=found.result()
+    )
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -37,12 +51,19 @@ class Event:
     index: 0 for the transition, then 1, 2, ... for the updates.
     last_transition: every layer that is still dense becomes low-rank now.
     share: the share of the layers, from the back, whose bases are updated.
+    lag: steps until it is due; of a transition 0.
   """
 
   step: int
   index: int
   last_transition: bool
   share: float
+  lag: int = 0
+
+  @property
+  def due(self) -> int:
+    """The optimiser steps after which it is applied."""
+    return self.step + self.lag
 
   @property
   def kind(self) -> str:
@@ -75,6 +96,8 @@ class Schedule:
     policy: what becomes of the optimiser's state, see `transport`.
     basis_dtype: that bases are stored in, see `to_lowrank`; a name, such as
       'bfloat16'.
+    lag: steps that an update is applied after it began, its SVDs being done on
+      the host meanwhile. Ranks are then those of the step at which it began.
 
   Raises:
     ValueError: a value is out of range, or two contradict each other.
@@ -97,6 +120,7 @@ class Schedule:
   keep_last: bool = True
   policy: str = optimizer.TRANSPORT
   basis_dtype: str | None = None
+  lag: int = 0
 
   def __post_init__(self):
     transforms.check_basis_dtype(self.basis_dtype)
@@ -113,6 +137,16 @@ class Schedule:
       raise ValueError(
         f'last={self.last}: is before the transition at step '
         f'{self.delay_steps}.'
+      )
+    if not isinstance(self.lag, int) or not 0 <= self.lag < self.every:
+      raise ValueError(
+        f'lag={self.lag}: must be a number of steps in [0, {self.every}), for '
+        f'after every={self.every} steps the next update begins.'
+      )
+    if self.lag and self.stability is not None:
+      raise ValueError(
+        f'lag={self.lag}: where stability decides, an event may convert layers '
+        'and update others, which has to be done at once; drop one of the two.'
       )
     if self.stability is not None:
       transforms.check_fraction('stability', self.stability)
@@ -170,7 +204,9 @@ class Schedule:
     return self._resolve('latest')
 
   def event(self, step: int) -> Event | None:
-    """What happens after `step` optimiser steps, or None.
+    """What begins after `step` optimiser steps, or None.
+
+    An update that would be due at the end of the run, or after it, does not.
 
     Raises:
       ValueError: step is negative.
@@ -178,7 +214,8 @@ class Schedule:
     if step < 0:
       raise ValueError(f'step={step}: must not be negative.')
     since = step - self.delay_steps
-    if since < 0 or since % self.every or step >= self.steps:
+    lag = self.lag if since > 0 else 0
+    if since < 0 or since % self.every or step + lag >= self.steps:
       return None
     if self.last is not None and step > self.last:
       return None
@@ -188,6 +225,7 @@ class Schedule:
       index=index,
       last_transition=self.stability is None or step >= self.latest_steps,
       share=min(1.0, self.progressive * (index + 1)),
+      lag=lag,
     )
 
   def events(self) -> tuple[Event, ...]:
@@ -223,7 +261,7 @@ class Report:
     pruned: paths of the layers that were pruned (their rank may stay).
     ranks: of every low-rank layer now, by path.
     spectra: singular values `[b, r]` before pruning, of what was converted or
-      updated.
+      updated; with a lag, when the update began.
     truncation: ||W - W'||_F / ||W||_F of what was pruned or cut to a rank.
     drift: max |U^T U - I| of every low-rank layer after the event.
     stability: of the layers that were measured, over `every` steps.
@@ -250,6 +288,7 @@ def apply_event(
   schedule: Schedule,
   *,
   bases: Mapping[str, Array] | None = None,
+  rotations: Mapping[str, transforms.Rotation] | None = None,
   program: Callable[..., Any] | None = None,
 ) -> tuple[PyTree, PyTree, Report]:
   """Does what the event says to the parameters and the optimiser's state.
@@ -263,6 +302,8 @@ def apply_event(
     layers: those that the method is for, from `select`.
     schedule: the schedule that the event is from.
     bases: where stability decides, `bases` of the last event's report.
+    rotations: of an event with a lag, what `transforms.decompose` found for
+      the parameters of `event.step`; those of now are of `event.due`.
     program: what `foresee(event, ...).lower(params, opt_state)` compiled to,
       for these shapes; compiled now by default.
 
@@ -270,7 +311,8 @@ def apply_event(
     The parameters, the optimiser's state, and a `Report`.
 
   Raises:
-    ValueError: layers do not fit params; a kernel is not finite; an SVD fails.
+    ValueError: layers do not fit params; a kernel is not finite; an SVD fails;
+      an event with a lag lacks rotations, or another has some.
   """
   layers, leaves, dense = _looked_up(params, layers)
   stability, measured = {}, {}
@@ -284,14 +326,18 @@ def apply_event(
         x for x in dense if stability.get(x.path, -1) >= schedule.stability
       ]
   plan = Plan.of(event, layers, leaves, converting, schedule)
+  _check_rotations(event, plan, rotations)
+  args = params, opt_state
+  if plan.lags:
+    args += ({path: rotations[path] for path in plan.updated},)
   if tree.is_concrete((params, opt_state)):
     run = program or functools.partial(_jitted(), plan)
     # Checked afterwards, so that it is a part of the same program.
-    params, opt_state, finite, aligned, found = run(params, opt_state)
+    params, opt_state, finite, aligned, found = run(*args)
     transforms.check_flags(finite)
     transforms.check_decomposed(aligned)
   else:
-    params, opt_state, _, _, found = _do(plan, params, opt_state)
+    params, opt_state, _, _, found = _do(plan, *args)
   gone = set(plan.converted)
   return (
     params,
@@ -346,6 +392,7 @@ class Plan:
     floor: the share of min(m, n) below which no rank falls.
     policy: what becomes of the optimiser's state.
     basis_dtype: that bases are stored in.
+    lags: the bases are aligned by rotations that were found before.
   """
 
   paths: tuple[str, ...]
@@ -358,6 +405,7 @@ class Plan:
   floor: float
   policy: str
   basis_dtype: str | None
+  lags: bool
 
   @property
   def converted(self) -> tuple[str, ...]:
@@ -392,12 +440,21 @@ class Plan:
       floor=schedule.floor,
       policy=schedule.policy,
       basis_dtype=schedule.basis_dtype,
+      lags=event.lag > 0,
     )
+
+  def rotations(self, params: PyTree) -> dict[str, transforms.Rotation]:
+    """Shapes of those that the event's program takes."""
+    take = functools.partial(transforms.sigmas, paths=self.updated)
+    like = lambda x: transforms.Rotation(x.s, x.s[..., 0], x.s)
+    shapes = lambda p: {path: like(x) for path, x in take(p).items()}
+    return jax.eval_shape(shapes, params)
 
   def lower(
     self,
     params: PyTree,
     opt_state: PyTree,
+    rotations: PyTree | None = None,
     *,
     place: Callable[..., Any] | None = None,
   ) -> jax.stages.Lowered:
@@ -406,10 +463,14 @@ class Plan:
     Args:
       params: parameters, or their shapes.
       opt_state: likewise.
+      rotations: likewise; where the event lags, by default those of `rotations`.
       place: constrains where the results are, `(params, opt_state, others) ->
         params, opt_state, others`; hashable.
     """
-    return _jitted().lower(self, params, opt_state, place)
+    args = params, opt_state
+    if self.lags:
+      args += (rotations or self.rotations(params),)
+    return _jitted().lower(self, *args, place=place)
 
 
 def _looked_up(params: PyTree, layers: Layers):
@@ -423,32 +484,41 @@ def _looked_up(params: PyTree, layers: Layers):
   return layers, leaves, dense
 
 
-def _do(plan: Plan, params: PyTree, opt_state: PyTree, place=None):
+def _check_rotations(event: Event, plan: Plan, rotations: Any):
+  if event.lag and rotations is None:
+    raise ValueError(
+      f'rotations=None: the update of step {event.step} is due after step '
+      f'{event.due}, with the rotations that transforms.decompose found for '
+      f'transforms.sigmas(params) of step {event.step}; pass them, or a '
+      'schedule with lag=0.'
+    )
+  if rotations is not None and not event.lag:
+    raise ValueError(
+      f'rotations: the {event.kind} of step {event.step} has no lag and finds '
+      'its own; leave them out.'
+    )
+  if event.lag:
+    tree.check_known(plan.updated, rotations, 'rotation')
+
+
+def _do(
+  plan: Plan, params: PyTree, opt_state: PyTree, rotations=None, *, place=None
+):
   """Converts, aligns and prunes; the optimiser's state follows at once."""
-  new, spectra = params, {}
   leaves = tree.flatten(params, lowrank.is_factored)
   finite = {p: jnp.all(jnp.isfinite(_values(leaves[p]))) for p in plan.paths}
-  if plan.converting:
-    convert = functools.partial(
-      transforms.to_lowrank,
-      params,
-      plan.converting,
-      basis_dtype=plan.basis_dtype,
-    )
-    full = convert()
-    spectra |= _spectra(full, plan.converted)
-    new = full
-    if plan.rank is not None:
-      new = convert(rank=_fit(plan))
-  if plan.updated:
-    if plan.converting:
-      nodes = transforms.low_rank_leaves(new)
-      waiting = {p: nodes[p] for p in plan.updated}
-      new = transforms.replaced(new, linalg.after(spectra, waiting))
-    new = transforms.update_basis(new, paths=plan.updated)
-    spectra |= _spectra(new, plan.updated)
+  new, before = _converted(plan, params)
+  turned = transforms.cut(rotations, new) if plan.lags else {}
+  new = _aligned(plan, new, before, turned)
+  before |= _sigmas(new, plan.updated)
+  values = {path: x.s for path, x in turned.items()}
+  spectra = {path: _diagonal(s) for path, s in before.items()} | values
   nodes = transforms.low_rank_leaves(new)
-  aligned = {p: jnp.all(transforms.is_aligned(nodes[p].s)) for p in spectra}
+  aligned = {
+    path: jnp.all(transforms.is_aligned(nodes[path].s))
+    for path in before
+    if path not in turned
+  }
   if plan.pruned:
     new = transforms.prune_aligned(
       new,
@@ -456,21 +526,50 @@ def _do(plan: Plan, params: PyTree, opt_state: PyTree, place=None):
       max_drop=plan.max_drop,
       floor=plan.floor,
       paths=plan.pruned,
+      values=values,
     )
   if opt_state is not None:
     opt_state = optimizer.transport(opt_state, params, new, policy=plan.policy)
-  kept = _spectra(new, tuple(spectra))
+  after = _sigmas(new, before)
   nodes = transforms.low_rank_leaves(new)
   found = dict(
     ranks={p: transforms.live_rank(x) for p, x in nodes.items()},
     spectra=spectra,
-    truncation={p: _lost(spectra[p], kept[p]) for p in spectra},
+    truncation={p: _lost(before[p], after[p]) for p in before},
     drift=metrics.drift(new),
   )
   others = finite, aligned, found
   if place is not None:
     new, opt_state, others = place(new, opt_state, others)
   return new, opt_state, *others
+
+
+def _converted(plan: Plan, params: PyTree):
+  """With the new low-rank kernels; and their Sigmas, before a rank is fixed."""
+  if not plan.converting:
+    return params, {}
+  convert = functools.partial(
+    transforms.to_lowrank,
+    params,
+    plan.converting,
+    basis_dtype=plan.basis_dtype,
+  )
+  full = convert()
+  new = full if plan.rank is None else convert(rank=_fit(plan))
+  return new, _sigmas(full, plan.converted)
+
+
+def _aligned(plan: Plan, params: PyTree, before: Any, rotations: Any) -> PyTree:
+  """With bases turned by these rotations, or by SVDs after those of `before`."""
+  if plan.lags:
+    return transforms.rotate(params, rotations)
+  if plan.converting and plan.updated:
+    nodes = transforms.low_rank_leaves(params)
+    waiting = {p: nodes[p] for p in plan.updated}
+    params = transforms.replaced(params, linalg.after(before, waiting))
+  if plan.updated:
+    params = transforms.update_basis(params, paths=plan.updated)
+  return params
 
 
 @functools.cache
@@ -487,7 +586,12 @@ def _jitted():
       'xla_cpu_use_fusion_emitters': False,
     }
   known = {k: v for k, v in options.items() if _compiles({k: v})}
-  return jax.jit(_do, static_argnums=(0, 3), compiler_options=known or None)
+  return jax.jit(
+    _do,
+    static_argnums=0,
+    static_argnames='place',
+    compiler_options=known or None,
+  )
 
 
 def _compiles(options: dict[str, Any]) -> bool:
@@ -516,21 +620,22 @@ def _check_rank(rank: int | float):
     )
 
 
-def _spectra(params, paths) -> dict[str, Array]:
-  """The diagonals of aligned Sigmas."""
+def _sigmas(params, paths) -> dict[str, Array]:
+  """Sigmas as matrices."""
   nodes = transforms.low_rank_leaves(params)
-  take = lambda s: jnp.diagonal(s, axis1=-2, axis2=-1)
-  return {p: take(lowrank.matrices(nodes[p])[1]) for p in paths}
+  return {p: lowrank.matrices(nodes[p])[1] for p in paths}
+
+
+def _diagonal(s: Array) -> Array:
+  return jnp.diagonal(s, axis1=-2, axis2=-1)
 
 
 def _lost(before: Array, after: Array) -> Array:
-  """sqrt(sum of dropped s_i^2 / sum of s_i^2), Eckart-Young."""
-  total = jnp.sum(jnp.square(before))
-  lost = jnp.sum(jnp.square(before[..., after.shape[-1] :]))
-  lost += jnp.sum(
-    jnp.where(after == 0, jnp.square(before[..., : after.shape[-1]]), 0)
-  )
-  return jnp.sqrt(lost / jnp.where(total > 0, total, 1))
+  """||Sigma - Sigma'||_F / ||Sigma||_F: that of W, for U and V have no part."""
+  rest = before.shape[-1] - after.shape[-1]
+  after = jnp.pad(after, ((0, 0), (0, rest), (0, rest)))
+  total = jnp.linalg.norm(before)
+  return jnp.linalg.norm(before - after) / jnp.where(total > 0, total, 1)
 
 
 def _values(leaf):

@@ -1,16 +1,18 @@
 """The transforms between dense and low-rank parameters: pure, pytree to pytree.
 
 Every transform maps `LowRank` leaves and hands all other leaves on as the same
-objects. All are traceable, except `compact`, which changes shapes by values.
-Decompositions and rotations are in float32 or wider whatever the parameters'
-dtype, and batched over kernels of equal shapes. On concrete arrays, a kernel
-that is not finite or an SVD that fails is a `ValueError` with its path; under
-a trace, where nothing can be raised, the kernel is kept as it was.
+objects. All are traceable, except `compact`, which changes shapes by values, and
+`decompose`, which works on the host. Decompositions and rotations are in
+float32 or wider whatever the parameters' dtype, and batched over kernels of
+equal shapes. On concrete arrays, a kernel that is not finite or an SVD that
+fails is a `ValueError` with its path; under a trace, where nothing can be
+raised, the kernel is kept as it was.
 """
 
 from collections.abc import Collection, Mapping, Sequence
 import functools
-from typing import Any
+import types
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,7 @@ import numpy as np
 from oialr_jax import layers as layers_lib
 from oialr_jax import linalg
 from oialr_jax import lowrank
+from oialr_jax import spread
 from oialr_jax import tree
 
 Array = jax.Array
@@ -28,6 +31,32 @@ Rank = layers_lib.Rank
 
 # Beyond this departure of U^T U from I, bases are orthonormalised anew.
 DRIFT_TOLERANCE = 1e-5
+
+
+class Sigma(NamedTuple):
+  """What `decompose` wants of a low-rank kernel.
+
+  Attributes:
+    s: a copy of Sigma, `[b, r, r]`.
+    live: which of its directions are not pruned, `[b, r]`.
+  """
+
+  s: Array
+  live: Array
+
+
+class Rotation(NamedTuple):
+  """The SVD of a Sigma, U' diag(s) V'^T, with pruned directions last and zero.
+
+  Attributes:
+    u: `[b, r, r]`.
+    s: falling, `[b, r]`.
+    vt: `[b, r, r]`.
+  """
+
+  u: Array
+  s: Array
+  vt: Array
 
 
 def to_lowrank(
@@ -75,7 +104,7 @@ def to_lowrank(
     _check_kernel(layer, leaves[layer.path])
     kernels[layer.path] = layer.view.to_matrix(leaves[layer.path])
   check_finite(kernels)
-  found = linalg.by_shape(
+  found = spread.by_shape(
     _decompose, {path: (w,) for path, w in kernels.items()}
   )
   check_decomposed({path: out[-1] for path, out in found.items()})
@@ -125,15 +154,98 @@ def update_basis(
   parts = {path: lowrank.matrices(node) for path, node in nodes.items()}
   for i, name in enumerate(('U', 'Sigma', 'V^T')):
     check_finite({path: p[i] for path, p in parts.items()}, name)
-  aligned = linalg.by_shape(_align, parts)
+  aligned = spread.by_shape(_align, parts)
   check_decomposed({path: out[-1] for path, out in aligned.items()})
-  return replaced(
-    params,
-    {
-      path: lowrank.from_matrices(nodes[path], *out[:-1])
-      for path, out in aligned.items()
-    },
-  )
+  return _rebuilt(params, nodes, aligned)
+
+
+def sigmas(
+  params: PyTree, *, paths: Collection[str] | None = None
+) -> dict[str, Sigma]:
+  """Copies of Sigma, for `decompose` to work on while params are trained.
+
+  `update_basis` in two halves is `rotate(params, decompose(sigmas(params)))`;
+  steps may come between them, and may donate params.
+
+  Args:
+    params: pytree with `LowRank` leaves.
+    paths: of the leaves to decompose; all by default.
+
+  Raises:
+    ValueError: a path is not that of a low-rank leaf.
+  """
+  return _sigmas(_chosen(params, paths))
+
+
+def decompose(sigmas: Mapping[str, Sigma]) -> dict[str, Rotation]:
+  """SVDs by LAPACK on the host, which leave the devices alone.
+
+  NumPy lets go of Python's lock meanwhile: call it in a thread.
+
+  Returns:
+    Per path, NumPy arrays by the conventions of `linalg.svd_live`.
+
+  Raises:
+    ValueError: a Sigma is not finite; an SVD fails.
+  """
+  taken = jax.device_get(dict(sigmas))
+  check_flags({p: np.all(np.isfinite(x.s)) for p, x in taken.items()}, 'Sigma')
+  found = {}
+  for path, sigma in taken.items():
+    try:
+      matrices = [_svd_on_host(*x) for x in zip(*sigma, strict=True)]
+    except np.linalg.LinAlgError:
+      check_decomposed({path: False})
+    found[path] = Rotation(*map(np.stack, zip(*matrices)))
+  return found
+
+
+def rotate(params: PyTree, rotations: Mapping[str, Rotation]) -> PyTree:
+  """Turns bases by the SVD of an earlier Sigma; every W stays what it is.
+
+  U <- U U',  V^T <- V'^T V^T,  Sigma <- U'^T Sigma V', which is diagonal but for
+  what it has learnt since. Bases that have drifted are made orthonormal first,
+  as by `update_basis`.
+
+  Args:
+    params: pytree with `LowRank` leaves.
+    rotations: from `decompose`, by path.
+
+  Raises:
+    ValueError: a path is not that of a low-rank leaf; a rank has grown since.
+  """
+  nodes = _chosen(params, rotations)
+  rotations = cut(rotations, params)
+  parts = {
+    path: (*lowrank.matrices(node), rotations[path].u, rotations[path].vt)
+    for path, node in nodes.items()
+  }
+  return _rebuilt(params, nodes, linalg.by_shape(_rotate, parts))
+
+
+def cut(
+  parts: Mapping[str, Sigma] | Mapping[str, Rotation], params: PyTree
+) -> dict[str, Any]:
+  """Sigmas or rotations at the ranks that params were compacted to since.
+
+  Nothing is lost: what `compact` slices away was pruned before.
+
+  Raises:
+    ValueError: a path is not that of a low-rank leaf; a rank has grown since.
+  """
+  nodes = _chosen(params, parts)
+  for path, node in nodes.items():
+    rank = parts[path].s.shape[1]
+    if node.rank > rank:
+      raise ValueError(
+        f'{path!r}: has rank {node.rank}, but what was decomposed had rank '
+        f'{rank}: it was of other parameters.'
+      )
+  small = lambda x, r: x[(slice(None), *[slice(r)] * (x.ndim - 1))]
+  return {
+    path: jax.tree.map(functools.partial(small, r=nodes[path].rank), part)
+    for path, part in parts.items()
+  }
 
 
 def prune_sigma(
@@ -173,17 +285,14 @@ def prune_sigma(
   nodes = _chosen(params, paths)
   check_finite({path: node.s for path, node in nodes.items()}, 'Sigma')
   parts = {path: lowrank.matrices(node) for path, node in nodes.items()}
-  aligned = linalg.by_shape(_align_unless_aligned, parts)
+  aligned = spread.by_shape(_align_unless_aligned, parts)
   check_decomposed({path: out[-1] for path, out in aligned.items()})
-  params = replaced(
-    params,
-    {
-      path: lowrank.from_matrices(nodes[path], *out[:-1])
-      for path, out in aligned.items()
-    },
-  )
   return prune_aligned(
-    params, cutoff=cutoff, max_drop=max_drop, floor=floor, paths=paths
+    _rebuilt(params, nodes, aligned),
+    cutoff=cutoff,
+    max_drop=max_drop,
+    floor=floor,
+    paths=paths,
   )
 
 
@@ -194,27 +303,35 @@ def prune_aligned(
   max_drop: float,
   floor: float,
   paths: Collection[str] | None = None,
+  values: Mapping[str, Array] = types.MappingProxyType({}),
 ) -> PyTree:
-  """`prune_sigma` for what is known to be aligned: no check, no SVD."""
+  """`prune_sigma` for what is known to be aligned: no check, no SVD.
+
+  Args:
+    params: pytree with `LowRank` leaves.
+    cutoff: see `prune_sigma`.
+    max_drop: likewise.
+    floor: likewise.
+    paths: of the leaves to prune; all by default.
+    values: by path, the singular values `[b, r]` that decide where Sigma is not
+      diagonal, as after `rotate`; elsewhere its diagonal does.
+  """
   nodes = _chosen(params, paths)
-  prune = lambda u, s, vt: _prune(
+  prune = lambda u, s, vt, values: _prune(
     u,
     s,
     vt,
+    values,
     cutoff,
     max_drop,
     int(floor * min(u.shape[-2], vt.shape[-1])),
   )
-  pruned = linalg.by_shape(
-    prune, {path: lowrank.matrices(node) for path, node in nodes.items()}
-  )
-  return replaced(
-    params,
-    {
-      path: lowrank.from_matrices(nodes[path], *out)
-      for path, out in pruned.items()
-    },
-  )
+  parts = {}
+  for path, node in nodes.items():
+    u, s, vt = lowrank.matrices(node)
+    decisive = values[path] if path in values else _diagonal(s)
+    parts[path] = u, s, vt, decisive
+  return _rebuilt(params, nodes, linalg.by_shape(prune, parts))
 
 
 def compact(
@@ -503,15 +620,7 @@ def _align(u: Array, s: Array, vt: Array):
   """One basis update of matrices `[b, m, r], [b, r, r], [b, r, n]`."""
   old = u, s, vt
   live = lowrank.live(u)
-  drifted = jnp.maximum(linalg.drift(u), linalg.drift(lowrank.transpose(vt)))
-  u, s, vt = jax.lax.cond(
-    jnp.any(drifted > DRIFT_TOLERANCE),
-    _orthonormalised,
-    lambda u, s, vt: (u, s, vt),
-    u,
-    s,
-    vt,
-  )
+  u, s, vt = _undrifted(u, s, vt)
   pu, sv, pvt = linalg.svd_live(s, live)
   ok = _succeeded(pu, sv, pvt)
   new = (
@@ -535,6 +644,51 @@ def _align_unless_aligned(u: Array, s: Array, vt: Array):
   )
 
 
+@jax.jit
+def _rotate(u, s, vt, pu, pvt):
+  """`rotate` of matrices; U' and V'^T are `[b, r, r]`."""
+  u, s, vt = _undrifted(u, s, vt)
+  s = lowrank.matmul(lowrank.transpose(pu), s)
+  return (
+    lowrank.matmul(u, pu),
+    lowrank.matmul(s, lowrank.transpose(pvt)),
+    lowrank.matmul(pvt, vt),
+  )
+
+
+@jax.jit
+def _sigmas(nodes: dict[str, LowRank]) -> dict[str, Sigma]:
+  found = {}
+  for path, node in nodes.items():
+    u, s, _ = lowrank.matrices(node)
+    # Else what is returned may be the very buffer that was given.
+    found[path] = Sigma(jnp.array(s, copy=True), lowrank.live(u))
+  return found
+
+
+def _svd_on_host(s: np.ndarray, live: np.ndarray) -> tuple[np.ndarray, ...]:
+  """`linalg.svd_live` of one matrix `[r, r]`."""
+  u, values, vt = np.zeros_like(s), np.zeros_like(s[0]), np.zeros_like(s)
+  k = np.count_nonzero(live)  # the pruned ones are the last
+  u[:k, :k], values[:k], vt[:k, :k] = np.linalg.svd(s[:k, :k])
+  largest = np.argmax(np.abs(u), axis=0, keepdims=True)
+  sign = np.where(np.take_along_axis(u, largest, axis=0) < 0, -1, 1)
+  return u * sign.astype(u.dtype), values, vt * sign.T.astype(vt.dtype)
+
+
+def _undrifted(u, s, vt):
+  """The same W, by QR where bases have drifted from orthonormality."""
+  drifted = jnp.maximum(linalg.drift(u), linalg.drift(lowrank.transpose(vt)))
+  return jax.lax.cond(
+    jnp.any(drifted > DRIFT_TOLERANCE),
+    _orthonormalised,
+    lambda u, s, vt: (u, s, vt),
+    u,
+    s,
+    vt,
+  )
+
+
 def _orthonormalised(u, s, vt):
   u, left = linalg.qr_live(u)
   v, right = linalg.qr_live(lowrank.transpose(vt))
@@ -542,20 +696,27 @@ def _orthonormalised(u, s, vt):
   return u, s, lowrank.transpose(v)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4, 5))
-def _prune(u, s, vt, cutoff, max_drop, floor):
-  """Zeroes what the rule of `prune_sigma` drops of an aligned Sigma."""
+@functools.partial(jax.jit, static_argnums=(4, 5, 6))
+def _prune(u, s, vt, values, cutoff, max_drop, floor):
+  """Zeroes what the rule of `prune_sigma` drops, by falling values `[b, r]`."""
   live = jnp.sum(lowrank.live(u), axis=-1)
-  values = jnp.diagonal(s, axis1=-2, axis2=-1)
   kept = kept_rank(values, live, cutoff, max_drop, floor)
-  # Not aligned: its SVD has failed under a trace, and it is kept as it was.
-  kept = jnp.where(is_aligned(s), kept, live)
   keep = jnp.arange(s.shape[-1]) < kept[:, None]
   return (
     jnp.where(keep[:, None, :], u, 0),
     jnp.where(keep[:, None, :] & keep[:, :, None], s, 0),
     jnp.where(keep[:, :, None], vt, 0),
   )
+
+
+def _diagonal(s: Array) -> Array:
+  """The singular values of an aligned Sigma.
+
+  Of one that is not, since its SVD has failed under a trace, equal ones: none is
+  below the others, and it is kept as it was.
+  """
+  values = jnp.diagonal(s, axis1=-2, axis2=-1)
+  return jnp.where(is_aligned(s)[:, None], values, 1)
 
 
 def kept_rank(
@@ -595,6 +756,17 @@ def _chosen(params, paths) -> dict[str, LowRank]:
     return nodes
   tree.check_known(paths, nodes, 'low-rank leaf')
   return {path: node for path, node in nodes.items() if path in set(paths)}
+
+
+def _rebuilt(params, nodes, parts) -> PyTree:
+  """params with other U, Sigma and V^T in these nodes."""
+  return replaced(
+    params,
+    {
+      path: lowrank.from_matrices(nodes[path], *matrices[:3])
+      for path, matrices in parts.items()
+    },
+  )
 
 
 def replaced(params: PyTree, nodes: Mapping[str, Any]) -> PyTree:

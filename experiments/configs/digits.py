@@ -7,6 +7,8 @@ Expected: OIALR at most 0.5 points below dense with at most 20 % trainable.
 
 import ml_collections
 
+from experiments import settings
+
 
 def get_config() -> ml_collections.ConfigDict:
   return ml_collections.ConfigDict(
@@ -24,7 +26,7 @@ def get_config() -> ml_collections.ConfigDict:
       track_every=60,
       compaction=dict(min_saving=0.25, background=True, reproducible=False),
       oialr=dict(
-        delay=1 / 3,
+        delay=settings.either(1 / 3),  # steps, or a share of the run
         every=60,
         cutoff=0.4,
         progressive=0.5,

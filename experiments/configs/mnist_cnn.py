@@ -8,11 +8,13 @@ Expected: dense at least 99.0 %, OIALR within 0.2 points of it with at most
 
 import ml_collections
 
+from experiments import settings
+
 
 def get_config() -> ml_collections.ConfigDict:
   return ml_collections.ConfigDict(
     dict(
-      seeds=3,
+      seeds=(0, 1, 2),
       steps=4200,  # 9 epochs
       batch_size=128,
       eval_batch_size=500,
@@ -24,7 +26,7 @@ def get_config() -> ml_collections.ConfigDict:
       track_every=210,
       compaction=dict(min_saving=0.1, background=True, reproducible=False),
       oialr=dict(
-        delay=1 / 3,
+        delay=settings.either(1 / 3),  # steps, or a share of the run
         every=210,
         cutoff=0.25,
         progressive=1.0,

@@ -33,10 +33,10 @@ class Start:
 class Callback:
   """Listens to a run: override what is of interest.
 
-    class Alarm(training.Callback):
-      def on_event(self, record):
-        if max(record['truncation'].values(), default=0) > 0.1:
-          print('more than a tenth of a kernel is gone at', record['step'])
+      class Alarm(training.Callback):
+        def on_event(self, record):
+          if max(record['truncation'].values(), default=0) > 0.1:
+            print('more than a tenth of a kernel is gone at', record['step'])
 
   Of several processes the first one alone calls it, unless its `everywhere` is
   True, as it has to be where all of them shall stop. What it raises ends the

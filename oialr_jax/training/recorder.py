@@ -14,7 +14,15 @@ from oialr_jax.training import callbacks as callbacks_lib
 Record = callbacks_lib.Record
 
 # Of a 'train' record, what no metric may be called.
-_OWN = {'kind', 'step', 'losses', 'seconds', 'examples_per_second'}
+_OWN = {
+  'kind',
+  'step',
+  'losses',
+  'seconds',
+  'examples_per_second',
+  'flops',
+  'optimizer_bytes',
+}
 # Who hears of what kind, besides on_record.
 _HEARS = {'event': 'on_event', 'eval': 'on_evaluation'}
 
@@ -29,6 +37,7 @@ class Recorder:
   def __init__(self):
     self.clock = Clock()
     self.records: list[Record] = []
+    self.facts: dict[str, Any] = {}  # of the step: in every 'train' record
     self._callbacks: list[callbacks_lib.Callback] = []
     self._pending: list[tuple[int, Any]] = []
     self._examples: int | None = None
@@ -130,6 +139,7 @@ class Recorder:
       losses=[float(m['loss']) for _, m in read],
       seconds=self.clock.wall(),
       **self._pace(len(read)),
+      **self.facts,
     )
 
   def _pace(self, steps: int) -> dict[str, float]:

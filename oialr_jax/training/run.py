@@ -23,6 +23,7 @@ from oialr_jax import metrics as metrics_lib
 from oialr_jax import optimizer as optimizer_lib
 from oialr_jax import schedule as schedule_lib
 from oialr_jax import transforms
+from oialr_jax.training import background
 from oialr_jax.training import programs as programs_lib
 from oialr_jax.training import recorder as recorder_lib
 from oialr_jax.training import snapshots
@@ -150,6 +151,8 @@ class Run:
     self._programs = programs_lib.Programs(compaction.background)
     self._program: programs_lib.Program | None = None  # the step's
     self._switch: _Switch | None = None
+    self._threads = background.threads()
+    self._update: background.Update | None = None  # that is under way
     self._bases, self._tracked = None, None
     nodes = transforms.low_rank_leaves(params)
     # Of the low-rank leaves, after the last event.
@@ -177,8 +180,9 @@ class Run:
     return next((x.shape[0] for x in jax.tree.leaves(self._batch) if x.ndim), 1)
 
   def close(self):
-    """Ends what is still being compiled."""
+    """Drops what has not begun to be compiled or decomposed."""
     self._programs.close()
+    self._threads.shutdown(wait=False, cancel_futures=True)
 
   def _choose(self, loss_fn, params, model_state, layers) -> Layers:
     if layers is None:
@@ -200,6 +204,7 @@ class Run:
         f'data ended after {step} batches: pass an iterable of one batch for '
         'every step.'
       )
+    self._catch_up(step)
     if self._ready_to_switch():
       self._take_switch(step)
     fresh = self._program is None
@@ -236,6 +241,10 @@ class Run:
     """What a program is compiled for."""
     return jax.tree.map(_shape, state, self._shardings(state))
 
+  def _whole(self, shapes: PyTree) -> PyTree:
+    """The shapes of what every device has a copy of."""
+    return jax.tree.map(lambda x: _shape(x, self._place.replicated), shapes)
+
   def _spread(self) -> contextlib.AbstractContextManager:
     """Within, SVDs are shared out among the devices."""
     if self._place.mesh.size == 1:
@@ -262,6 +271,9 @@ class Run:
     self._pace = self._step_seconds(step)
     self._compile_seconds = program.seconds
     self._program = program
+    self._recorder.facts = {'optimizer_bytes': self._optimizer_bytes()}
+    if program.flops is not None:
+      self._recorder.facts['flops'] = program.flops
     self._compilations += 1
     self._since = step, self._recorder.clock.seconds['training']
 
@@ -277,17 +289,17 @@ class Run:
     if self._schedule is None or not self._compaction.background:
       return
     state = self.state
-    within = lambda event: step < event.step < self._steps
+    within = lambda event: step < event.due < self._steps
     event = next(filter(within, self._schedule.events()), None)
-    plan = event and schedule_lib.foresee(
-      event, state.params, self._layers, self._schedule
-    )
+    plan = event and self._plan(event)
     if not plan:
       return
     key, lower = self._to_event(plan, state)
-    if self._programs.known(key):
-      return
     with self._recorder.clock('compiling'):
+      if plan.lags:
+        self._programs.prepare(*self._to_sigmas(plan, state))
+      if self._programs.known(key):
+        return
       lowered = lower()
       self._programs.prepare(key, lambda: lowered)
       if plan.converting:
@@ -304,23 +316,68 @@ class Run:
       shapes = self._shapes(state)
       with self._spread():
         return plan.lower(
-          shapes.params, shapes.opt_state, place=self._place.constrain
+          shapes.params,
+          shapes.opt_state,
+          self._whole(plan.rotations(state.params)) if plan.lags else None,
+          place=self._place.constrain,
         )
 
     return key, lower
 
+  def _to_sigmas(self, plan, state) -> tuple[Hashable, programs_lib.Lower]:
+    key = 'sigmas', plan.updated, programs_lib.shapes(state.params)
+    take = jax.jit(
+      functools.partial(transforms.sigmas, paths=plan.updated),
+      out_shardings=self._place.replicated,
+    )
+    return key, lambda: take.lower(self._shapes(state).params)
+
   # Events.
 
   def event(self, event: schedule_lib.Event):
-    self._settle()
+    """Does what is due now, and begins what is due later."""
     if self._switch and self._compaction.reproducible:
+      self._settle()
       self._take_switch(event.step)
+    if event.lag:
+      self._begin(event)
+    else:
+      self._apply(event)
+
+  def _begin(self, event: schedule_lib.Event):
+    """Has Sigmas decomposed on the host, beside the steps that follow."""
+    with self._recorder.clock('compiling'):
+      program = self._programs.get(
+        *self._to_sigmas(self._plan(event), self.state)
+      )
+    with self._recorder.clock('events'):
+      sigmas = program(self.state.params)
+      self._update = background.Update(event, sigmas, self._threads)
+
+  def _catch_up(self, step: int):
+    """Applies the update under way, if it is due."""
+    if self._update and self._update.event.due == step < self._steps:
+      update, self._update = self._update, None
+      self._apply(update.event, update)
+
+  def _plan(self, event: schedule_lib.Event) -> schedule_lib.Plan | None:
+    return schedule_lib.foresee(
+      event, self.state.params, self._layers, self._schedule
+    )
+
+  def _apply(
+    self,
+    event: schedule_lib.Event,
+    update: background.Update | None = None,
+  ):
+    self._settle()
     before, old = self._ranks, self.state
-    plan = schedule_lib.foresee(event, old.params, self._layers, self._schedule)
+    plan = self._plan(event)
     with self._recorder.clock('compiling'):
       program = plan and self._programs.get(*self._to_event(plan, old))
     loss, start = self._probed(), time.perf_counter()
     with self._recorder.clock('events'), self._spread():
+      rotations = update and transforms.cut(update.rotations, old.params)
       params, opt_state, report = schedule_lib.apply_event(
         event,
         old.params,
@@ -328,6 +385,7 @@ class Run:
         self._layers,
         self._schedule,
         bases=self._bases,
+        rotations=rotations,
         program=program,
       )
       jax.block_until_ready(params)
@@ -341,9 +399,9 @@ class Run:
       self._program = self._switch = None
     change = loss and abs((self._probed() - loss) / loss)
     self._record_event(report, before, seconds=seconds, change=change)
-    self._compact(event.step, anew=bool(report.converted))
+    self._compact(event.due, anew=bool(report.converted))
     if self._program is not None:
-      self._foresee(event.step)
+      self._foresee(event.due)
 
   def _probed(self) -> float | None:
     """The loss of the batch that is next, where it is asked for."""
@@ -362,9 +420,11 @@ class Run:
     self, report: schedule_lib.Report, before: dict[str, int], **details: Any
   ):
     numbers = lambda values: {k: float(v) for k, v in values.items()}
+    if report.event.lag:
+      details['decided'] = report.event.step
     self._recorder.record(
       'event',
-      report.event.step,
+      report.event.due,
       event=report.event.kind,
       converted=list(report.converted),
       updated=list(report.updated),
@@ -452,6 +512,7 @@ class Run:
 
   def track(self, step: int):
     """Measures how far the bases have turned since the last measurement."""
+    self._catch_up(step)
     self._settle()
     with self._recorder.clock('tracking'), self._spread():
       params = self.state.params
@@ -494,15 +555,22 @@ class Run:
     """All that `resume` needs: arrays, and a manifest."""
     self._settle()
     self._recorder.log(settled=True)
-    bases = self._bases or {}
+    bases, sigmas = self._bases or {}, {}
+    if self._update:
+      sigmas = transforms.cut(self._update.sigmas, self.state.params)
     switch = self._switch and [self._switch.decided, self._switch.ranks]
     nodes = transforms.low_rank_leaves(self.state.params)
-    return {'state': self.state, 'bases': list(bases.values())}, {
+    arrays = {'state': self.state, 'bases': list(bases.values())}
+    if sigmas:
+      arrays['sigmas'] = list(sigmas.values())
+    return arrays, {
       'run': self._identity(),
       'ranks': {path: node.rank for path, node in nodes.items()},
       'live_ranks': self._ranks,
       'switch': switch,
       'bases': list(bases),
+      'update': self._update and self._update.event.step,
+      'sigmas': list(sigmas),
       'data': self._position,
       'batches': self._taken,
       'records': len(self._recorder.records),
@@ -530,11 +598,10 @@ class Run:
       params=params,
       opt_state=jax.eval_shape(self._optimizer.init, params),
     )
-    whole = functools.partial(_shape, where=self._place.replicated)
-    return {
-      'state': self._shapes(state),
-      'bases': list(map(whole, bases.values())),
-    }
+    others = {'bases': list(bases.values())}
+    if manifest['sigmas']:
+      others['sigmas'] = snapshots.sigmas(params, manifest['sigmas'])
+    return {'state': self._shapes(state), **self._whole(others)}
 
   def resume(self, step: int, arrays: PyTree, manifest: checkpoint.Manifest):
     """Goes on from a snapshot, with the batches behind it."""
@@ -554,12 +621,18 @@ class Run:
     self.state = arrays['state']
     self._bases = dict(zip(manifest['bases'], arrays['bases'], strict=True))
     self._ranks = manifest['live_ranks']
-    self._program = self._switch = self._tracked = None
+    self._program = self._switch = self._update = self._tracked = None
     self._pace = manifest['pace']
     self._compile_seconds = manifest['compile_seconds']
     self._since = step, self._recorder.clock.seconds['training']
     if manifest['switch']:
       self._prepare_switch(*manifest['switch'])
+    if manifest['update'] is not None:
+      self._update = background.Update(
+        self._schedule.event(manifest['update']),
+        dict(zip(manifest['sigmas'], arrays['sigmas'], strict=True)),
+        self._threads,
+      )
 
   def _settle(self):
     """Waits for the steps under way, on the training clock."""
@@ -580,11 +653,12 @@ class Run:
       seconds=self._recorder.clock.total(),
       compilations=self._compilations,
       steps_per_second=rate,
-      optimizer_bytes=sum(
-        x.nbytes for x in jax.tree.leaves(self.state.opt_state)
-      ),
+      optimizer_bytes=self._optimizer_bytes(),
       **metrics_lib.count(self.state.params)._asdict(),
     )
+
+  def _optimizer_bytes(self) -> int:
+    return sum(x.nbytes for x in jax.tree.leaves(self.state.opt_state))
 
   def result(self) -> Result:
     """Of a run that is at its end."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import functools
 import json
 from typing import Any
 
@@ -93,3 +94,15 @@ def shapes(
   params = jax.eval_shape(convert, params)
   measured = [by_path[path] for path in manifest['bases']]
   return params, jax.eval_shape(lambda p: metrics.basis(p, measured), params)
+
+
+def sigmas(params: PyTree, paths: Sequence[str]) -> list[transforms.Sigma]:
+  """Shapes of what an update under way decomposes, in the order of the paths.
+
+  Args:
+    params: shapes of a snapshot's parameters.
+    paths: from its manifest.
+  """
+  take = functools.partial(transforms.sigmas, paths=paths)
+  found = jax.eval_shape(take, params)
+  return [found[path] for path in paths]

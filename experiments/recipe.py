@@ -1,0 +1,137 @@
+"""What runs by timm's recipe share: its augmentation, its schedule, epochs."""
+
+from collections.abc import Callable
+import dataclasses
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from experiments import classification
+from experiments import cli
+from experiments import runs
+from experiments import settings
+from oialr_jax import data
+from oialr_jax import models
+from oialr_jax.training import rates
+
+Config = settings.Config
+
+
+def model(config: Config) -> nn.Module:
+  """The model as configured.
+
+  Raises:
+    ValueError: there is no such model, it has no such attribute, or not with
+      such a value.
+  """
+  attributes = dict(config.model)
+  settings.check_names([attributes['name']], models.NAMES, 'config.model')
+  dtype = attributes.pop('dtype')
+  if dtype not in ('float32', 'bfloat16'):
+    raise ValueError(
+      f"config.model.dtype={dtype!r}: must be 'float32' or 'bfloat16'."
+    )
+  try:
+    return models.create(**attributes, dtype=jnp.dtype(dtype))
+  except (TypeError, ValueError) as e:
+    raise ValueError(f'config.model: {e}') from e
+
+
+def augmentation(
+  preset: Callable[..., data.Augmentation], config: Config
+) -> data.Augmentation:
+  """A preset of `data.Augmentation`, changed as configured.
+
+  Raises:
+    ValueError: a setting is unknown or out of range.
+  """
+  known = [field.name for field in dataclasses.fields(data.Augmentation)]
+  settings.check_names(config.augmentation, known, 'config.augmentation')
+  mixed = config.augmentation.mixup or config.augmentation.cutmix
+  if mixed and config.batch_size % 2:
+    raise ValueError(
+      f'config.batch_size={config.batch_size}: is mixed in pairs, and must be '
+      'even.'
+    )
+  try:
+    return preset(**config.augmentation)
+  except ValueError as e:
+    raise ValueError(f'config.augmentation: {e}') from e
+
+
+def length(config: Config, examples: int) -> int:
+  """Steps of a run: those of its epochs, where it is not given in steps."""
+  epoch = max(1, examples // config.batch_size)
+  return config.steps or max(1, round(config.epochs * epoch))
+
+
+def rate(config: Config, steps: int) -> optax.Schedule:
+  """timm's schedule on updates; where there are other steps than the epochs',
+  squeezed into them.
+
+  Raises:
+    ValueError: a setting is out of range.
+  """
+  epoch = steps / config.epochs
+  try:
+    return rates.warmup_cosine(
+      config.learning_rate,
+      steps=steps,
+      warmup=round(config.warmup_epochs * epoch),
+      start=config.warmup_rate,
+      end=config.end_rate,
+      k_decay=config.k_decay,
+      cooldown=round(config.cooldown_epochs * epoch),
+      prefix=True,
+    )
+  except ValueError as e:
+    raise ValueError(f'config, by its {config.epochs} epochs: {e}') from e
+
+
+def compare(
+  task: classification.Task,
+  config: Config,
+  options: cli.Options,
+  *,
+  examples: int,
+):
+  """Runs the methods and seeds of the configuration, see `classification`.
+
+  Args:
+    task: what is learnt.
+    config: the settings.
+    options: of the binary.
+    examples: of an epoch.
+  """
+  steps = length(config, examples)
+  classification.compare(
+    task,
+    config,
+    options,
+    methods=config.methods,
+    seeds=config.seeds,
+    steps=steps,
+    rate=rate(config, steps),
+    eval_every=max(1, round(config.eval_epochs * steps / config.epochs)),
+    track_every=config.track_every,
+  )
+
+
+def check(config: Config, *, examples: int, image: tuple[int, ...]):
+  """Raises ValueError if a run cannot be as configured; loads nothing.
+
+  Args:
+    config: the settings.
+    examples: of an epoch.
+    image: shape of an image.
+  """
+  steps = length(config, examples)
+  rate(config, steps)
+  runs.check(config, steps, config.methods)
+  images = jax.ShapeDtypeStruct((1, *image), jnp.float32)
+  try:
+    jax.eval_shape(model(config).init, jax.random.key(0), images)
+  except ValueError as e:  # such as sides that are no multiple of the patches
+    raise ValueError(f'config.model: {e}') from e

@@ -1,0 +1,98 @@
+"""What binaries that classify print and write: tables, reports, numbers."""
+
+from collections.abc import Callable, Mapping, Sequence
+import json
+import math
+import pathlib
+import statistics
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments import runs
+from experiments import settings
+from experiments import tables
+from oialr_jax import export
+from oialr_jax import report
+from oialr_jax import training
+
+# The steps after the transition in which the policies are compared.
+WINDOW = 20
+
+
+def summary(result: training.Result) -> dict[str, Any]:
+  """The numbers of a run that the table shows."""
+  final = result.select('eval')[-1]
+  return {'test accuracy %': 100 * final['accuracy'], **runs.summary(result)}
+
+
+def losses(result: training.Result) -> np.ndarray:
+  """The training loss of every step."""
+  return np.concatenate([r['losses'] for r in result.select('train')])
+
+
+def after_transition(result: training.Result, delay: int) -> float:
+  """The mean training loss of the steps after the transition."""
+  return float(losses(result)[delay : delay + WINDOW].mean())
+
+
+def table(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+  """One column a method: the mean over its runs, +- the deviation."""
+  names = list(next(iter(rows.values()))[0])
+  lines = [['', *rows]]
+  for name in names:
+    cells = [[run.get(name) for run in runs] for runs in rows.values()]
+    lines.append([name, *map(_cell, cells)])
+  return tables.aligned(lines)
+
+
+def write_report(
+  workdir: pathlib.Path,
+  results: Mapping[str, training.Result],
+  forward: Callable[..., jax.Array],
+  inputs: Sequence[Any],
+):
+  """Writes report.html; pictures and OIALR's model as files to `report`.
+
+  Args:
+    workdir: of the binary.
+    results: by method.
+    forward: the model, `forward(variables, *inputs)`, see `export.write`.
+    inputs: examples.
+  """
+  folder = workdir / 'report'
+  records = {method: result.records for method, result in results.items()}
+  paths = report.plots.write(folder, records)
+  print(f'\nReport: {report.write(workdir)}')
+  if 'oialr' not in results:
+    return
+  state = results['oialr'].state
+  variables = {'params': state.params, **state.model_state}
+  sizes = export.write(folder, forward, variables, inputs)
+  files = [p.name for p in paths]
+  files += [f'{name} ({1e-6 * n:.3g} MB)' for name, n in sizes.items()]
+  print(f'{", ".join(files)} in {folder}')
+
+
+def save(
+  workdir: pathlib.Path, config: settings.Config, result: Mapping[str, Any]
+):
+  """Writes config.json and result.json, of several processes the first."""
+  if jax.process_index() > 0:
+    return
+  workdir.mkdir(parents=True, exist_ok=True)
+  (workdir / 'config.json').write_text(config.to_json_best_effort(indent=2))
+  (workdir / 'result.json').write_text(json.dumps(result, indent=2))
+
+
+def _cell(values: list[float | None]) -> str:
+  values = [v for v in values if v is not None]
+  if not values:
+    return '-'
+  mean = statistics.fmean(values)
+  # Four significant digits, of the mean and of the deviation likewise.
+  digits = max(0, 3 - math.floor(math.log10(abs(mean)))) if mean else 0
+  if len(values) == 1:
+    return f'{mean:.{digits}f}'
+  return f'{mean:.{digits}f} +- {statistics.stdev(values):.{digits}f}'
