@@ -26,7 +26,7 @@ def svd(w: Array) -> tuple[Array, Array, Array]:
   W = Q R and R^T = P L, which makes L nearly diagonal; rotations G, L = G Z,
   make the rows of Z orthogonal; Z^T = V T with T = diag(+-S) to rounding. So
   W = (Q V) T (P G)^T. It is backward stable, and U and V are orthonormal to
-  some eps whatever the rank of W, because only QR makes columns.
+  some eps whatever the rank of W: nothing is divided by a singular value.
 
   Returns:
     `u [b, m, k], s [b, k], vt [b, k, n]`, s falling. s is NaN of a matrix that

@@ -90,7 +90,7 @@ def _owners(operands: Operands, devices: int) -> dict[str, np.ndarray]:
   """By path, the device of each matrix of its batch: `[b]`."""
   # An SVD or a QR of m x n matrices costs some m n min(m, n).
   cost = lambda x: math.prod(x.shape[1:]) * min(x.shape[1:], default=1)
-  paths = [path for path, arrays in operands.items() for _ in arrays[0]]
+  paths = [path for path, (x, *_) in operands.items() for _ in range(len(x))]
   costs = {path: sum(map(cost, arrays)) for path, arrays in operands.items()}
   owners = np.asarray(assign([costs[path] for path in paths], devices))
   return {path: owners[np.asarray(paths) == path] for path in operands}
