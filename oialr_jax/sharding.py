@@ -7,7 +7,7 @@ the same on any mesh, to rounding. Nothing of a low-rank kernel but Sigma has a
 gradient, hence nothing else is reduced over `data`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
 import math
 import re
@@ -228,24 +228,56 @@ class Placement:
     Raises:
       ValueError: the examples do not divide by the devices.
     """
-    return tree.map_with_path(self._put_examples, batch)
+    placed = tree.map_with_path(self._of_examples, batch)
+    if jax.process_count() == 1:
+      return jax.device_put(batch, placed)  # one call: each takes a while
+    return jax.tree.map(_put_part, batch, placed)
 
-  def _put_examples(self, path: str, x: Any) -> jax.Array:
-    if isinstance(x, jax.Array) and not x.is_fully_addressable:
-      return x  # somebody has made a global array of it
+  def padded(self, batch: PyTree) -> PyTree:
+    """A batch of an evaluation, filled up to what `batch` can split.
+
+    The examples that are added are copies of the last one.
+
+    Args:
+      batch: as `batch` takes it. What is no mapping has no place for a mask,
+        and is returned as it is.
+
+    Returns:
+      The batch, where it is filled up with a 'mask' that is 0 there.
+    """
+    arrays = [x for x in jax.tree.leaves(batch) if np.ndim(x) and _is_local(x)]
+    count = len(arrays[0]) if arrays else 0
+    missing = -count % self._shares
+    if not missing or not isinstance(batch, Mapping):
+      return batch
+
+    def fill(x):
+      if not np.ndim(x) or not _is_local(x):
+        return x
+      x = np.asarray(x)
+      return np.concatenate([x, np.repeat(x[-1:], missing, axis=0)])
+
+    filled = jax.tree.map(fill, {'mask': np.ones(count, np.float32), **batch})
+    filled['mask'][count:] = 0
+    return filled
+
+  @property
+  def _shares(self) -> int:
+    """Parts that what a process has of a batch is split into."""
+    return max(1, self.replicas // jax.process_count())
+
+  def _of_examples(self, path: str, x: Any) -> NamedSharding:
+    """The sharding of an array of a batch."""
     if not np.ndim(x):
-      return self.put(x, self.replicated)
-    here = max(1, self.replicas // jax.process_count())
-    if len(x) % here:
+      return self.replicated
+    here = self._shares
+    if _is_local(x) and len(x) % here:
       raise ValueError(
         f'batch[{path!r}]: {len(x)} examples do not divide by the {here} '
         'devices that share them; pass a multiple, or a smaller mesh '
         '(sharding.make_mesh(devices=jax.devices()[:1])).'
       )
-    sharding = NamedSharding(self.mesh, BATCH)
-    if jax.process_count() == 1:
-      return jax.device_put(x, sharding)
-    return jax.make_array_from_process_local_data(sharding, np.asarray(x))
+    return NamedSharding(self.mesh, BATCH)
 
   def _node(self, path: str, leaf: Any) -> Any:
     """The sharding of a leaf of the parameters, of each part of a node."""
@@ -287,9 +319,23 @@ class Placement:
     return NamedSharding(self.mesh, Spec(*parts))
 
 
+def _is_local(x: Any) -> bool:
+  """Whether it is of this process, and not of all of them together."""
+  return not isinstance(x, jax.Array) or x.is_fully_addressable
+
+
+def _put_part(x: Any, where: NamedSharding) -> jax.Array:
+  """The global array of which every process gives its examples."""
+  if not _is_local(x):
+    return x  # somebody has made a global array of it
+  if not np.ndim(x):
+    return _put_globally(x, where)
+  return jax.make_array_from_process_local_data(where, np.asarray(x))
+
+
 def _put_globally(x: Any, where: NamedSharding) -> jax.Array:
   """Of what every process has the whole, each puts what its devices hold."""
-  if isinstance(x, jax.Array) and not x.is_fully_addressable:
+  if not _is_local(x):
     return jax.device_put(x, where)
   if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
     data = _put_globally(jax.random.key_data(x), where)

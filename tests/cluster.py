@@ -50,6 +50,7 @@ def main(port, processes, process, workdir, slow=''):
   dense = jax.device_get(whole(result.params))
   found = {
     'ranks': [(e['step'], e['ranks']) for e in result.select('event')],
+    'evaluations': cases.evaluations(result),
     'losses': cases.losses(result).tolist(),
     'kernels': {
       k: np.asarray(x).ravel().tolist() for k, x in tree.flatten(dense).items()

@@ -56,6 +56,7 @@ def alone(tmp_path_factory):
 def assert_close(found, expected):
   np.testing.assert_allclose(found['losses'], expected['losses'], rtol=1e-5)
   assert found['ranks'] == expected['ranks']
+  assert found['evaluations'] == expected['evaluations']
   for path, x in expected['kernels'].items():
     apart = np.linalg.norm(np.subtract(found['kernels'][path], x))
     assert apart < 1e-5 * np.linalg.norm(x), path

@@ -535,7 +535,8 @@ class Run:
       return
     self._settle()
     sums, count = {}, 0
-    for batch in map(self._place.batch, self._eval_data()):
+    for batch in self._eval_data():
+      batch = self._place.batch(self._place.padded(batch))
       args = self.state.params, self.state.model_state, batch
       with self._recorder.clock('compiling'):
         program = self._programs.get(
