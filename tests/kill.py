@@ -3,9 +3,10 @@
   python -m tests.kill --kills=20
 
 A process trains the small network of the tests with a checkpoint after every
-step, and is killed by SIGKILL at a random moment of its training; the next one
-resumes. After so many kills one is left to finish, and its weights, records and
-ranks are compared with those of a run that was never interrupted.
+step, and is killed by SIGKILL at a random moment; the next one resumes. The
+moments are spread over the whole run. After so many kills one is left to
+finish, and its weights, records and ranks are compared with those of a run that
+was never interrupted.
 """
 
 import argparse
@@ -33,18 +34,18 @@ STEPS = 120
 SCHEDULE = oialr.Schedule(
   steps=STEPS, delay=30, every=25, cutoff=0.4, progressive=1.0
 )
-# Seconds: of a step, and the longest that a process trains before it is killed.
-PAUSE, LIFE = 0.02, 0.8
+# Seconds: of a step, and the longest from the step of a kill to the kill.
+PAUSE, LIFE = 0.02, 0.2
 
 
 class Slow(training.Callback):
-  """Says that training has begun, and takes its time."""
+  """Says how far training is, and takes its time."""
 
-  def __init__(self, started: pathlib.Path):
-    self._started = started
+  def __init__(self, progress: pathlib.Path):
+    self._progress = progress
 
   def on_step(self, step):
-    self._started.touch()
+    self._progress.write_text(str(step))
     time.sleep(PAUSE)
 
 
@@ -65,7 +66,7 @@ def fit(workdir: pathlib.Path | None = None, **options):
 
 def child(workdir: pathlib.Path):
   """One process: starts or resumes, and writes its digest at the end."""
-  slow = Slow(workdir / 'started')
+  slow = Slow(workdir / 'progress')
   result = fit(workdir, checkpoint_every=1, resume=True, callbacks=[slow])
   (workdir / 'digest.json').write_text(json.dumps(digest(result)))
 
@@ -73,17 +74,18 @@ def child(workdir: pathlib.Path):
 def killed(kills: int, seed: int) -> tuple[list[str], dict]:
   """What was happening at every kill, and the digest of the last run."""
   rng = random.Random(seed)
+  steps = sorted(rng.choices(range(1, STEPS), k=kills))
   moments = []
   with tempfile.TemporaryDirectory() as folder:
     workdir = pathlib.Path(folder)
     command = [sys.executable, '-m', 'tests.kill', '--workdir', folder]
     while True:
-      (workdir / 'started').unlink(missing_ok=True)
+      (workdir / 'progress').write_text('0')
       process = subprocess.Popen(
         command, cwd=ROOT, stderr=subprocess.PIPE, text=True
       )
       while len(moments) < kills and process.poll() is None:
-        if (workdir / 'started').exists():
+        if _progress(workdir) >= steps[len(moments)]:
           time.sleep(rng.uniform(0, LIFE))
           process.send_signal(signal.SIGKILL)
           break
@@ -96,13 +98,21 @@ def killed(kills: int, seed: int) -> tuple[list[str], dict]:
       return moments, json.loads((workdir / 'digest.json').read_text())
 
 
+def _progress(workdir: pathlib.Path) -> int:
+  # Empty at the moment at which it is written.
+  return int((workdir / 'progress').read_text() or 0)
+
+
 def _moment(workdir: pathlib.Path) -> str:
   """What the folder of a run that was killed says."""
   folders = {p.name for p in (workdir / 'checkpoints').iterdir()}
   sealed = {p.parent.name for p in workdir.glob('checkpoints/*/digests.json')}
   newest = max(map(int, sealed), default='none')
   writing = ', '.join(sorted(folders - sealed)) or 'nothing'
-  return f'newest checkpoint {newest}, being written: {writing}'
+  return (
+    f'in step {_progress(workdir) + 1}, newest checkpoint {newest}, being '
+    f'written: {writing}'
+  )
 
 
 def main():
