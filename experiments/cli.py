@@ -16,6 +16,7 @@ from absl import logging
 from ml_collections import config_flags
 
 from experiments import settings
+from oialr_jax import sharding
 from oialr_jax import training
 
 # Flags belong to the binary that calls `run`: its --help lists them.
@@ -92,7 +93,9 @@ def run(binary: Binary):
 
   def parser(argv: list[str]) -> list[str]:
     with _exiting():
-      parsed.extend(_parse(binary, flags.FLAGS, argv))
+      _read(flags.FLAGS, argv)
+      _join(flags.FLAGS)  # before the checks, which use JAX
+      parsed.extend(_checked(binary, flags.FLAGS))
     return argv[:1]
 
   with _exiting():
@@ -114,16 +117,25 @@ def parse(binary: Binary, argv: Sequence[str]) -> tuple[Config, Options]:
   values = flags.FlagValues()
   argv = [binary.name, *argv]
   _define(binary, values, argv)
-  return _parse(binary, values, argv)
+  _read(values, argv)
+  return _checked(binary, values)
 
 
-def _parse(
-  binary: Binary, values: flags.FlagValues, argv: Sequence[str]
-) -> tuple[Config, Options]:
+def _read(values: flags.FlagValues, argv: Sequence[str]):
   with _naming_settings():
     rest = values(argv)[1:]
   if rest:
     raise flags.Error(f'unexpected arguments: {" ".join(rest)}')
+
+
+def _join(values: flags.FlagValues):
+  """Of several processes, joins the others."""
+  sharding.initialize(values.coordinator, values.processes, values.process)
+
+
+def _checked(
+  binary: Binary, values: flags.FlagValues
+) -> tuple[Config, Options]:
   config = values.config
   settings.split_tuples(config)
   settings.check(config, binary.config())
@@ -224,6 +236,27 @@ def _define(binary: Binary, values: flags.FlagValues, argv: Sequence[str]):
     'Seconds after which to save and stop, of all runs together; by default no '
     'limit.',
     lower_bound=0.0,
+  )
+  define(
+    flags.DEFINE_string,
+    'coordinator',
+    None,
+    'HOST:PORT of process 0, where several processes train together. It and '
+    'the next two are not wanted on Cloud TPU, under Slurm or Open MPI, on GKE.',
+  )
+  define(
+    flags.DEFINE_integer,
+    'processes',
+    None,
+    'How many processes there are.',
+    lower_bound=1,
+  )
+  define(
+    flags.DEFINE_integer,
+    'process',
+    None,
+    'Which of them this one is, from 0 on.',
+    lower_bound=0,
   )
   if binary.explain is not None:
     define(

@@ -55,12 +55,16 @@ def write_report(
 ):
   """Writes report.html; pictures and OIALR's model as files to `report`.
 
+  Of several processes the first one does, all of whose arrays are whole.
+
   Args:
     workdir: of the binary.
     results: by method.
     forward: the model, `forward(variables, *inputs)`, see `export.write`.
     inputs: examples.
   """
+  if jax.process_index() > 0:
+    return
   folder = workdir / 'report'
   records = {method: result.records for method, result in results.items()}
   paths = report.plots.write(folder, records)
@@ -68,7 +72,7 @@ def write_report(
   if 'oialr' not in results:
     return
   state = results['oialr'].state
-  variables = {'params': state.params, **state.model_state}
+  variables = jax.device_get({'params': state.params, **state.model_state})
   sizes = export.write(folder, forward, variables, inputs)
   files = [p.name for p in paths]
   files += [f'{name} ({1e-6 * n:.3g} MB)' for name, n in sizes.items()]

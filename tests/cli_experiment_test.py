@@ -248,3 +248,21 @@ def test_what_is_wrong_with_flags_is_a_line_not_a_traceback(tmp_path):
   assert done.returncode == 1 and 'Traceback' not in done.stderr
   assert 'Did you mean "steps"' in done.stderr
   assert not [*tmp_path.iterdir()]
+
+
+def test_processes_join_before_anything_is_checked(monkeypatch):
+  said = []
+  monkeypatch.setattr(
+    cli.sharding, 'initialize', lambda *where: said.append(where)
+  )
+  monkeypatch.setattr(cli.settings, 'check', lambda *_: said.append('checked'))
+  monkeypatch.setattr(cli, '_main', lambda *_: said.append('run'))
+  where = ['--coordinator=a:1', '--processes=3', '--process=2', '--quiet']
+  with monkeypatch.context() as patch:
+    patch.setattr(flags, 'FLAGS', flags.FlagValues())
+    patch.setattr(sys, 'argv', ['digits', *where])
+    patch.setattr(
+      cli.app, 'run', lambda main, flags_parser: main(flags_parser(sys.argv))
+    )
+    cli.run(digits.BINARY)
+  assert said == [('a:1', 3, 2), 'checked', 'run']
