@@ -1,6 +1,6 @@
 """One of the processes of a run on several hosts, started by `cluster_test`.
 
-  python -m tests.cluster PORT PROCESSES PROCESS WORKDIR [STOP_AT]
+  python -m tests.cluster PORT PROCESSES PROCESS WORKDIR [slow | late]
 
 Every process has the devices of XLA_FLAGS. The run is that of `parallel_cases`,
 split over `fsdp`; the first process writes what came out of it.
@@ -30,7 +30,7 @@ class Slow(training.Callback):
     time.sleep(0.05)
 
 
-def main(port, processes, process, workdir, slow=''):
+def main(port, processes, process, workdir, how=''):
   """Trains, and writes the result."""
   jax.config.update('jax_cpu_collectives_implementation', 'gloo')
   sharding.initialize(f'localhost:{port}', int(processes), int(process))
@@ -42,7 +42,9 @@ def main(port, processes, process, workdir, slow=''):
     workdir=workdir,
     checkpoint_every=10,
     resume=True,
-    callbacks=[Slow()] if slow else (),
+    callbacks=[Slow()] if how == 'slow' else (),
+    # The clock of the first process is that of all.
+    max_seconds=(0, 1e6)[int(process)] if how == 'late' else None,
   )
   whole = jax.jit(
     oialr.to_dense, out_shardings=cases.place(jax.device_count()).replicated

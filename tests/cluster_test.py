@@ -62,6 +62,10 @@ def assert_close(found, expected):
     assert apart < 1e-5 * np.linalg.norm(x), path
 
 
+def saved_steps(workdir):
+  return sorted(int(p.name) for p in (workdir / 'checkpoints').iterdir())
+
+
 def test_two_hosts_train_as_one_does(alone, tmp_path):
   finish(start(tmp_path))
   first, second = (
@@ -74,7 +78,11 @@ def test_two_hosts_train_as_one_does(alone, tmp_path):
   assert [json.loads(x)['kind'] for x in lines].count('event') == 4
 
 
-def test_sigterm_to_one_of_them_saves_and_stops_all(alone, tmp_path):
+def test_what_stops_one_of_them_saves_and_stops_all(alone, tmp_path):
+  # The time of the first is up, of which they speak every 16 steps.
+  finish(start(tmp_path, 'late'))
+  assert saved_steps(tmp_path)[-1] == 16
+  # SIGTERM to the second.
   running = start(tmp_path, 'slow')
   for line in running[1].stdout:
     if line.strip() == '33':
@@ -82,8 +90,7 @@ def test_sigterm_to_one_of_them_saves_and_stops_all(alone, tmp_path):
       break
   finish(running)
   assert not (tmp_path / 'result-0.json').exists()
-  saved = [int(p.name) for p in (tmp_path / 'checkpoints').iterdir()]
-  assert 33 <= max(saved) < 60
+  assert 33 <= saved_steps(tmp_path)[-1] < 60
   # What is left is done by one host: on half of the devices.
   finish(start(tmp_path, processes=1))
   found = json.loads((tmp_path / 'result-0.json').read_text())
