@@ -2,11 +2,13 @@
 
   python -m experiments.cifar10_vit --data_dir=FOLDER_OF_TFDS
   python -m experiments.cifar10_vit --data_dir=FOLDER_OF_TFDS \\
-    --config=experiments/configs/cifar10_vit.py:small --config.seeds=0,1,2
+    --config=experiments/configs/cifar10_vit.py:small --resume
 
 Trains with timm's augmentation and schedule, prints a table of all methods, and
 writes metrics, plots, the compressed model and `result.json` to --workdir. The
-variant `small` is for a CPU. See experiments/configs/cifar10_vit.py.
+variant `small` is for a CPU: four methods, three seeds. With --resume, runs that
+are in result.json are left out, and the one that was interrupted goes on. See
+experiments/configs/cifar10_vit.py.
 """
 
 from experiments import classification

@@ -1,8 +1,10 @@
 """What the image-classification binaries share: task, optimiser, runs."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 import functools
+import itertools
+import types
 from typing import Any
 
 from flax import linen as nn
@@ -11,7 +13,9 @@ import jax.numpy as jnp
 import optax
 
 from experiments import cli
+from experiments import methods
 from experiments import results
+from experiments import rows as rows_lib
 from experiments import runs
 from experiments import settings
 import oialr_jax as oialr
@@ -141,14 +145,6 @@ def augmented(
   )
 
 
-def adamw(config: Config) -> Callable[[optax.Schedule], Any]:
-  """Returns AdamW with clipping, still without its rate."""
-  return lambda rate: optax.chain(
-    optax.clip_by_global_norm(config.clip),
-    optax.adamw(rate, weight_decay=config.weight_decay),
-  )
-
-
 def cosine(config: Config) -> optax.Schedule:
   """A linear warm-up from a tenth of the rate, and a cosine to zero."""
   if config.warmup >= config.steps:
@@ -171,11 +167,14 @@ def compare(
   *,
   methods: Sequence[str],
   seeds: Sequence[int],
+  summary: Callable[..., dict[str, Any]] | None = None,
+  only: Mapping[str, Mapping[str, Any]] = types.MappingProxyType({}),
   **more: Any,
 ):
   """Runs every method with every seed; prints the table and leaves a report.
 
-  result.json is written anew after every run. The report is of the first seed.
+  result.json has a row a run, and is written after every run. With --resume,
+  runs that are in it are left out. The report is of the first seed.
 
   Args:
     task: what is learnt.
@@ -183,18 +182,42 @@ def compare(
     options: of the binary.
     methods: see `runs.arguments`.
     seeds: of parameters and batches.
+    summary: `(method, result) -> numbers` of a row; by default
+      `results.summary`.
+    only: by method, what is otherwise than in `more`: the run is no whole one,
+      and not in the report.
     **more: see `run`.
   """
-  rows, first = {}, {}
-  for seed in seeds:
-    for method in methods:
-      result = run(task, config, options, method, seed, **more)
-      rows.setdefault(method, []).append(results.summary(result))
-      results.save(options.workdir, config, rows)
-      if seed == seeds[0]:
+  rows = rows_lib.Rows(
+    options.workdir,
+    config,
+    keys=('method', 'seed'),
+    free=('methods', 'seeds'),
+    resume=options.resume,
+  )
+  first = {}
+  try:
+    for seed, method in itertools.product(seeds, methods):
+      known = rows.find(method, seed) is not None
+      reported = seed == seeds[0] and method not in only
+      if known and not reported:
+        continue
+      # One that is finished is only read again, for the report.
+      settings_of = more | only.get(method, {})
+      result = run(task, config, options, method, seed, **settings_of)
+      if not known:
+        numbers = (
+          summary(method, result) if summary else results.summary(result)
+        )
+        which = {'method': method, 'seed': seed}
+        rows.add(which | numbers | runs.machine())
+      if reported:
         first[method] = result
-  print(results.table(rows))
-  results.write_report(options.workdir, first, task.forward, task.probe())
+  finally:
+    if rows:
+      print(results.table(rows))
+  if first:
+    results.write_report(options.workdir, first, task.forward, task.probe())
 
 
 def run(
@@ -215,7 +238,7 @@ def run(
     loss_fn=task.loss,
     params=params,
     data=lambda: task.train(seed),
-    optimizer=adamw(config),
+    optimizer=methods.Adam(clip=config.clip, weight_decay=config.weight_decay),
     model_state=model_state,
     eval_fn=task.evaluate,
     eval_data=task.test,

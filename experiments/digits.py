@@ -1,9 +1,10 @@
 """The main job: handwritten digits, dense and by OIALR, in a minute on a CPU.
 
   python -m experiments.digits
+  python -m experiments.digits --config.methods=dense,oialr,svd_prune
 
-Trains the same network twice from the same seed on the same batches, prints one
-table, and writes to --workdir: metrics, plots, the compressed model,
+Trains the same network by every method from the same seed on the same batches,
+prints one table, and writes to --workdir: metrics, plots, the compressed model,
 `config.json` and `result.json`. See experiments/configs/digits.py.
 """
 
@@ -13,8 +14,6 @@ from experiments import runs
 from experiments import settings
 from oialr_jax import data
 from oialr_jax import models
-
-METHODS = ('dense', 'oialr')
 
 
 def main(config: settings.Config, options: cli.Options):
@@ -26,7 +25,7 @@ def main(config: settings.Config, options: cli.Options):
     task,
     config,
     options,
-    methods=METHODS,
+    methods=config.methods,
     seeds=[config.seed],
     steps=config.steps,
     rate=classification.cosine(config),
@@ -36,7 +35,7 @@ def main(config: settings.Config, options: cli.Options):
 
 def check(config: settings.Config):
   classification.cosine(config)
-  runs.check(config, config.steps, METHODS)
+  runs.check(config, config.steps, config.methods)
 
 
 BINARY = cli.Binary(name='digits', main=main, check=check)

@@ -18,6 +18,7 @@ import optax
 
 from experiments import cli
 from experiments import forecasting
+from experiments import methods
 from experiments import rows as rows_lib
 from experiments import runs
 from experiments import settings
@@ -132,7 +133,7 @@ def _run(
     params=task.init(seed),
     data=lambda: task.batches(seed),
     rate=_halving(config, epoch),
-    optimizer=optax.adam,
+    optimizer=methods.Adam(),
     stopping=stopping,
     stop_at=stop,
     eval_fn=task.evaluate,
@@ -180,6 +181,8 @@ def _epochs(result: training.Result, epoch: int) -> list[Row]:
   for record in result.records:
     if record['kind'] == 'event':
       share = runs.trainable_percent(record, result.layers)
+    if record['kind'] == 'conversion':
+      share = 100 * record['trainable'] / record['dense']
     if record['kind'] == 'eval':
       errors = {k: v for k, v in record.items() if k.endswith(('mse', 'mae'))}
       at = round(record['step'] / epoch, 4)

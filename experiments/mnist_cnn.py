@@ -2,11 +2,14 @@
 
   python -m experiments.mnist_cnn --data_dir=FOLDER_OF_TFDS
 
-For every seed it trains dense and with OIALR on the same batches, and for the
-first steps after the transition with the optimiser policies `reset` and
-`reference`, to compare the loss there. Writes metrics, plots, compressed model,
-`result.json` to --workdir. See experiments/configs/mnist_cnn.py.
+Trains with every method and seed on the same batches; OIALR with the optimiser
+policies `reset` and `reference` only for the first steps after the transition,
+to compare the loss there. Writes metrics, plots, compressed model, `result.json`
+to --workdir. With --resume, runs that are in it are left out. See
+experiments/configs/mnist_cnn.py.
 """
+
+from typing import Any
 
 from experiments import classification
 from experiments import cli
@@ -15,9 +18,9 @@ from experiments import runs
 from experiments import settings
 from oialr_jax import data
 from oialr_jax import models
+from oialr_jax import training
 
-WHOLE = ('dense', 'oialr')
-METHODS = (*WHOLE, 'reset', 'reference')
+_POLICIES = ('reset', 'reference')
 
 
 def main(config: settings.Config, options: cli.Options):
@@ -27,39 +30,31 @@ def main(config: settings.Config, options: cli.Options):
     data.load('mnist', 'test', data_dir=options.data_dir),
     config,
   )
-  delay, rate = classification.delay(config), classification.cosine(config)
-  rows = {}
-  for seed in config.seeds:
-    found = {}
-    for method in METHODS:
-      whole = method in WHOLE
-      result = classification.run(
-        task,
-        config,
-        options,
-        method,
-        seed,
-        steps=config.steps,
-        rate=rate,
-        track_every=config.track_every if whole else None,
-        stop_at=None if whole else delay + results.WINDOW,
-      )
-      row = results.summary(result) if whole else {}
-      row['loss after transition'] = results.after_transition(result, delay)
-      found[method] = result
-      rows.setdefault(method, []).append(row)
-      results.save(options.workdir, config, rows)
-    if seed == config.seeds[0]:
-      compared = {method: found[method] for method in WHOLE}
-      results.write_report(
-        options.workdir, compared, task.forward, task.probe()
-      )
-  print(results.table(rows))
+  delay = classification.delay(config)
+  partly = dict(stop_at=delay + results.WINDOW, track_every=None)
+
+  def summary(method: str, result: training.Result) -> dict[str, Any]:
+    whole = {} if method in _POLICIES else results.summary(result)
+    after = results.after_transition(result, delay)
+    return whole | {'loss after transition': after}
+
+  classification.compare(
+    task,
+    config,
+    options,
+    methods=config.methods,
+    seeds=config.seeds,
+    summary=summary,
+    only=dict.fromkeys(_POLICIES, partly),
+    steps=config.steps,
+    rate=classification.cosine(config),
+    track_every=config.track_every,
+  )
 
 
 def check(config: settings.Config):
   classification.cosine(config)
-  runs.check(config, config.steps, METHODS)
+  runs.check(config, config.steps, config.methods)
   window = classification.delay(config) + results.WINDOW
   if window > config.steps:
     raise ValueError(

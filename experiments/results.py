@@ -1,7 +1,6 @@
 """What binaries that classify print and write: tables, reports, numbers."""
 
-from collections.abc import Callable, Mapping, Sequence
-import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import math
 import pathlib
 import statistics
@@ -11,7 +10,6 @@ import jax
 import numpy as np
 
 from experiments import runs
-from experiments import settings
 from experiments import tables
 from oialr_jax import export
 from oialr_jax import report
@@ -37,12 +35,16 @@ def after_transition(result: training.Result, delay: int) -> float:
   return float(losses(result)[delay : delay + WINDOW].mean())
 
 
-def table(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+def table(rows: Iterable[Mapping[str, Any]]) -> str:
   """One column a method: the mean over its runs, +- the deviation."""
-  names = list(next(iter(rows.values()))[0])
-  lines = [['', *rows]]
+  by_method, names = {}, {}
+  for row in rows:
+    by_method.setdefault(row['method'], []).append(row)
+    names |= {k: None for k, x in row.items() if isinstance(x, float)}
+  lines = [['', *by_method]]
+  lines.append(['runs', *(str(len(group)) for group in by_method.values())])
   for name in names:
-    cells = [[run.get(name) for run in runs] for runs in rows.values()]
+    cells = [[row.get(name) for row in group] for group in by_method.values()]
     lines.append([name, *map(_cell, cells)])
   return tables.aligned(lines)
 
@@ -77,17 +79,6 @@ def write_report(
   files = [p.name for p in paths]
   files += [f'{name} ({1e-6 * n:.3g} MB)' for name, n in sizes.items()]
   print(f'{", ".join(files)} in {folder}')
-
-
-def save(
-  workdir: pathlib.Path, config: settings.Config, result: Mapping[str, Any]
-):
-  """Writes config.json and result.json, of several processes the first."""
-  if jax.process_index() > 0:
-    return
-  workdir.mkdir(parents=True, exist_ok=True)
-  (workdir / 'config.json').write_text(config.to_json_best_effort(indent=2))
-  (workdir / 'result.json').write_text(json.dumps(result, indent=2))
 
 
 def _cell(values: list[float | None]) -> str:

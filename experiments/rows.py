@@ -80,7 +80,9 @@ def _check_same(
   mine = json.loads(config.to_json_best_effort())
   theirs = json.loads(file.read_text())
   for key in {**mine, **theirs}:
-    if key not in free and mine.get(key) != theirs.get(key):
+    # What an older release did not write has been as it is by default.
+    same = key not in theirs or mine.get(key) == theirs[key]
+    if key not in free and not same:
       raise ValueError(
         f'{file}: {key} is {theirs.get(key)} there and {mine.get(key)} here; '
         'pass the same settings, or another --workdir.'

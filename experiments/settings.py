@@ -79,6 +79,12 @@ SECTIONS: Mapping[str, str] = {
   'compaction': 'when ranks are sliced, see oialr_jax.training.Compaction',
   'model': 'its name and attributes, see oialr_jax.models',
   'oialr': 'of the method, see oialr_jax.Schedule',
+  'fixed_rank': 'of that method, see experiments.methods.FixedRank',
+  'svd_prune': 'of that method, see experiments.methods.SvdPrune',
+  'svd_init': 'of that method, see experiments.methods.SvdInit',
+  'galore': 'of that method, see experiments.methods.Galore',
+  'lora_style': 'of that method, see experiments.lora.Lora',
+  'dlrt': 'of that method, see experiments.dlrt.Dlrt',
 }
 
 

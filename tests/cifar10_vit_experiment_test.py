@@ -61,20 +61,21 @@ def run(folder, workdir, *changes):
   flags = (f'--data_dir={folder}', f'--workdir={workdir}', *TINY, *changes)
   config, options = cli.parse(cifar10_vit.BINARY, flags)
   cifar10_vit.main(config, options)
-  return json.loads((workdir / 'result.json').read_text())
+  return json.loads((workdir / 'result.json').read_text())['rows']
 
 
 def test_methods_are_compared_after_an_interruption(folder, tmp_path, capsys):
   with pytest.raises(training.Interrupted):
     run(folder, tmp_path, '--max_seconds=0')
-  result = run(folder, tmp_path, '--resume')
-  assert list(result) == ['dense', 'oialr']
-  (dense,), (low,) = result.values()
+  rows = run(folder, tmp_path, '--resume')
+  names = [row['method'] for row in rows]
+  assert names == ['dense', 'oialr']
+  dense, low = rows
   assert dense['trainable %'] == 100 > low['trainable %']
   assert 'test accuracy %' in capsys.readouterr().out
   report = {path.name for path in (tmp_path / 'report').iterdir()}
   assert {'loss.png', 'ranks.png', 'compressed.safetensors'} <= report
-  for method in result:
+  for method in names:
     lines = (tmp_path / f'{method}-0' / 'metrics.jsonl').read_text()
     records = [json.loads(line) for line in lines.splitlines()]
     evaluated = [x['step'] for x in records if x['kind'] == 'eval']
@@ -108,6 +109,8 @@ def test_the_small_variant_has_the_published_shares():
   assert config.oialr.delay == pytest.approx(2500 / 14_700, rel=0.05)
   assert config.oialr.every / steps == pytest.approx(500 / 14_700, rel=0.01)
   assert recipe.model(config).embed_dim == 256
+  assert config.methods == ('dense', 'oialr', 'svd_prune', 'fixed_rank')
+  assert config.seeds == (0, 1, 2)
 
 
 def task(**options):

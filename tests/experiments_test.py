@@ -52,9 +52,9 @@ def test_digits_prints_a_table_and_leaves_a_report(tmp_path):
   assert {p.stem for p in (tmp_path / 'report').glob('*.png')} >= names
   page = (tmp_path / 'report.html').read_text()
   assert 'flops of a step' in page and 'optimiser bytes' in page
-  result = json.loads((tmp_path / 'result.json').read_text())
-  assert result['dense'][0]['trainable %'] == 100
-  assert result['oialr'][0]['trainable %'] < 100
+  dense, low = json.loads((tmp_path / 'result.json').read_text())['rows']
+  assert dense['method'] == 'dense' and dense['trainable %'] == 100
+  assert low['method'] == 'oialr' and low['trainable %'] < 100
   file = tmp_path / 'report' / 'compressed.safetensors'
   arrays = safetensors.numpy.load_file(file)
   assert arrays['params/head/kernel'].shape == (512, 10)
@@ -76,8 +76,13 @@ def test_digits_go_on_after_an_interruption(tmp_path):
     call(digits, *flags, '--max_seconds=0')
   assert not (tmp_path / 'result.json').exists()
   call(digits, *flags, '--resume')
-  result = json.loads((tmp_path / 'result.json').read_text())
-  assert list(result) == ['dense', 'oialr']
+  rows = json.loads((tmp_path / 'result.json').read_text())['rows']
+  assert [row['method'] for row in rows] == ['dense', 'oialr']
+  # Another method later on: what is finished is not done again.
+  call(digits, *flags, '--resume', '--config.methods=dense,svd_prune')
+  *same, cut = json.loads((tmp_path / 'result.json').read_text())['rows']
+  assert same == rows and cut['method'] == 'svd_prune'
+  assert cut['trainable %'] == cut['stored %'] < 100
   lines = (tmp_path / 'dense-0' / 'metrics.jsonl').read_text().splitlines()
   losses = [json.loads(line).get('losses', []) for line in lines]
   assert len(sum(losses, [])) == 20
@@ -98,10 +103,12 @@ def test_mnist_compares_methods_and_policies(tmp_path, capsys):
     '--config.track_every=30',
     '--config.oialr.every=20',
   )
-  result = json.loads((tmp_path / 'result.json').read_text())
-  assert list(result) == ['dense', 'oialr', 'reset', 'reference']
-  for rows in result.values():
-    assert rows[0]['loss after transition'] > 0
+  rows = json.loads((tmp_path / 'result.json').read_text())['rows']
+  names = ['dense', 'oialr', 'reset', 'reference']
+  assert [row['method'] for row in rows] == names
+  for row in rows:
+    assert row['loss after transition'] > 0
+    assert ('test accuracy %' in row) == (row['method'] in names[:2])
   assert 'loss after transition' in capsys.readouterr().out
 
 

@@ -14,11 +14,14 @@ Its 10 cooldown epochs come after the 300 that are trained.
 
 import ml_collections
 
+from experiments import runs
 from experiments import settings
 
 _VARIANTS = {
   '': {},
   'small': dict(
+    methods=('dense', 'oialr', 'svd_prune', 'fixed_rank'),
+    seeds=(0, 1, 2),
     epochs=20.0,
     eval_epochs=2.0,
     batch_size=128,
@@ -81,6 +84,7 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
         cutoff=0.15,
         progressive=0.1,
       ),
+      **runs.sections(),
     )
   )
   config.update(_VARIANTS[variant])

@@ -7,12 +7,14 @@ Expected: OIALR at most 0.5 points below dense with at most 20 % trainable.
 
 import ml_collections
 
+from experiments import runs
 from experiments import settings
 
 
 def get_config() -> ml_collections.ConfigDict:
   return ml_collections.ConfigDict(
     dict(
+      methods=('dense', 'oialr'),  # see experiments/runs.py
       seed=0,
       width=512,  # of the three hidden layers
       steps=900,
@@ -30,6 +32,12 @@ def get_config() -> ml_collections.ConfigDict:
         every=60,
         cutoff=0.4,
         progressive=0.5,
+      ),
+      **runs.sections(
+        fixed_rank=dict(rank=0.2),
+        svd_prune=dict(rank=0.05),
+        svd_init=dict(rank=0.05),
+        lora_style=dict(rank=0.05),
       ),
     )
   )

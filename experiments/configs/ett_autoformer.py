@@ -14,6 +14,7 @@ those of the paper, which it does not give, and they are not tuned.
 
 import ml_collections
 
+from experiments import runs
 from experiments import settings
 
 _VARIANTS = {
@@ -59,6 +60,7 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
         cutoff=0.2,
         progressive=0.1,
       ),
+      **runs.sections(),
     )
   )
   config.update(_VARIANTS[variant])

@@ -17,6 +17,7 @@ the paper's algorithm, after a third of the run; its frequency is not published.
 
 import ml_collections
 
+from experiments import runs
 from experiments import settings
 
 _VIT = dict(
@@ -91,6 +92,7 @@ def get_config(
         cutoff=0.15,
         progressive=0.1,
       ),
+      **runs.sections(),
     )
   )
   config.update(_VARIANTS[variant])

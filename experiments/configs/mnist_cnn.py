@@ -1,6 +1,8 @@
 """MNIST: two strided convolutions and two dense layers, 857,738 parameters.
 
 Command: python -m experiments.mnist_cnn --data_dir=FOLDER_OF_TFDS
+  All methods: --config.methods=dense,oialr,fixed_rank,svd_prune,svd_init,galore,\
+lora_style,dlrt
 Hardware and minutes: 2 CPU cores, about 6 minutes a seed (see BUILD_NOTES.md).
 Expected: dense at least 99.0 %, OIALR within 0.2 points of it with at most
 15 % of the parameters trainable and at most 30 % stored.
@@ -8,12 +10,14 @@ Expected: dense at least 99.0 %, OIALR within 0.2 points of it with at most
 
 import ml_collections
 
+from experiments import runs
 from experiments import settings
 
 
 def get_config() -> ml_collections.ConfigDict:
   return ml_collections.ConfigDict(
     dict(
+      methods=('dense', 'oialr', 'reset', 'reference'),
       seeds=(0, 1, 2),
       steps=4200,  # 9 epochs
       batch_size=128,
@@ -30,6 +34,12 @@ def get_config() -> ml_collections.ConfigDict:
         every=210,
         cutoff=0.25,
         progressive=1.0,
+      ),
+      **runs.sections(
+        fixed_rank=dict(rank=0.2),
+        svd_prune=dict(rank=0.1),
+        svd_init=dict(rank=0.1),
+        lora_style=dict(rank=0.1),
       ),
     )
   )

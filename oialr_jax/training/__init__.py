@@ -5,6 +5,7 @@ from oialr_jax.training.callbacks import Record
 from oialr_jax.training.callbacks import Start
 from oialr_jax.training.compaction import Compaction
 from oialr_jax.training.compaction import rehearse
+from oialr_jax.training.conversion import Conversion
 from oialr_jax.training.interruptions import Interrupted
 from oialr_jax.training.loop import fit
 from oialr_jax.training.programs import use_compilation_cache

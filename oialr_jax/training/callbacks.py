@@ -1,9 +1,9 @@
 """Who listens to a run.
 
 A run is a stream of records, each a dict of plain values with a 'kind' and a
-'step': 'train' (means since the last one), 'eval', 'event', 'stability',
-'compaction', 'rollback', and one 'end'. `metrics.jsonl` is that stream, a line
-each.
+'step': 'train' (means since the last one), 'eval', 'event', 'conversion',
+'stability', 'compaction', 'rollback', and one 'end'. `metrics.jsonl` is that
+stream, a line each.
 """
 
 import dataclasses

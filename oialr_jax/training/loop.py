@@ -21,6 +21,7 @@ from oialr_jax import transforms
 from oialr_jax import tree
 from oialr_jax.training import callbacks as callbacks_lib
 from oialr_jax.training import compaction as compaction_lib
+from oialr_jax.training import conversion as conversion_lib
 from oialr_jax.training import interruptions
 from oialr_jax.training import programs
 from oialr_jax.training import recorder as recorder_lib
@@ -40,6 +41,7 @@ def fit(
   steps: int,
   stop_at: int | None = None,
   schedule: schedule_lib.Schedule | None = None,
+  conversion: conversion_lib.Conversion | None = None,
   layers: Sequence[layers_lib.Layer] | None = None,
   model_state: PyTree | None = None,
   eval_fn: steps_lib.EvalFn | None = None,
@@ -74,8 +76,10 @@ def fit(
     steps: optimiser steps of the whole run.
     stop_at: stop after this many of them, with nothing else changed.
     schedule: of OIALR; None trains dense.
+    conversion: what another method does once; in the place of a schedule.
     layers: for the method; by default those that `find_layers` finds in loss_fn
-      and `select` chooses by the schedule's keep_first and keep_last.
+      and `select` chooses by keep_first and keep_last, of the schedule or the
+      conversion.
     model_state: what else the model carries, such as batch statistics.
     eval_fn: `(params, model_state, batch) -> metrics`, one number an example.
     eval_data: returns the batches of an evaluation; 'mask' 0 marks padding.
@@ -132,6 +136,14 @@ def fit(
       f'schedule.steps={schedule.steps} is not steps={steps}: the delay and '
       'the events would be those of another run.'
     )
+  if conversion is not None and schedule is not None:
+    raise ValueError(
+      'schedule and conversion: a run is of one method; pass one of the two.'
+    )
+  if conversion is not None and conversion.step >= steps:
+    raise ValueError(
+      f'conversion.step={conversion.step}: must be less than steps={steps}.'
+    )
   if rollbacks and not checkpoint_every:
     raise ValueError(
       f'rollbacks={rollbacks}: there is nothing to go back to; pass '
@@ -156,6 +168,7 @@ def fit(
     optimizer=optimizer_lib.train_sigma(optimizer),
     steps=stop,
     schedule=schedule,
+    conversion=conversion,
     layers=layers,
     eval_fn=eval_fn,
     eval_data=eval_data,
@@ -196,6 +209,7 @@ def fit(
       saved=saved,
       watch=watch,
       schedule=schedule,
+      conversion=conversion,
       stop=stop,
       track_every=track_every,
       log_every=log_every,
@@ -214,6 +228,7 @@ class _Loop:
   saved: checkpoint.Checkpoints | None
   watch: interruptions.Watch
   schedule: schedule_lib.Schedule | None
+  conversion: conversion_lib.Conversion | None
   stop: int
   track_every: int | None
   log_every: int
@@ -238,6 +253,9 @@ class _Loop:
       event = self.schedule.event(step) if self.schedule else None
       if event is not None:
         self.run.event(event)
+      if self.conversion is not None and step == self.conversion.step:
+        _check_finite(self.run.state.params, step)
+        self.run.convert(step)
       if self.track_every and step % self.track_every == 0:
         self.run.track(step)
       self.run.step(step)

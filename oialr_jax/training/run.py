@@ -6,7 +6,7 @@ on. Nothing is read from the device while steps run, except the metrics of steps
 that are done.
 """
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 import contextlib
 import dataclasses
 import functools
@@ -19,10 +19,12 @@ import numpy as np
 
 from oialr_jax import checkpoint
 from oialr_jax import layers as layers_lib
+from oialr_jax import lowrank
 from oialr_jax import metrics as metrics_lib
 from oialr_jax import optimizer as optimizer_lib
 from oialr_jax import schedule as schedule_lib
 from oialr_jax import transforms
+from oialr_jax import tree
 from oialr_jax.training import background
 from oialr_jax.training import programs as programs_lib
 from oialr_jax.training import recorder as recorder_lib
@@ -93,6 +95,7 @@ class Run:
     optimizer,
     steps,
     schedule,
+    conversion,
     layers,
     eval_fn,
     eval_data,
@@ -114,13 +117,14 @@ class Run:
     self._key = placement.put(jax.random.key(seed), placement.replicated)
     self._steps = steps
     self._schedule = schedule
+    self._conversion, self._converted = conversion, False
     self._compaction = compaction
     self._eval_data = eval_data
     self._next = self._fetch()
     if self._next is None:
       raise ValueError('data is empty: pass one batch for every step.')
     self._batch = jax.tree.map(_shape, self._next)
-    self._step = steps_lib.train_step(
+    make_step = lambda make: make(
       loss_fn,
       optimizer,
       contraction,
@@ -129,6 +133,9 @@ class Run:
       shards=placement.replicas,
       gather=placement.gather,
     )
+    self._step = make_step(steps_lib.train_step)
+    if conversion is not None:
+      self._step_after = make_step(conversion.make_step)
     evaluate = eval_fn and steps_lib.eval_step(
       eval_fn, contraction, shards=placement.replicas
     )
@@ -145,7 +152,7 @@ class Run:
     self._seed = seed
     self._dense = jax.eval_shape(lambda x: x, params)
     self._layers: Layers = ()
-    if schedule is not None or tracking:
+    if schedule is not None or conversion is not None or tracking:
       self._layers = self._choose(loss_fn, params, model_state, layers)
     self.state = self._start(params, model_state)
     self._programs = programs_lib.Programs(compaction.background)
@@ -189,7 +196,7 @@ class Run:
       found = layers_lib.find_layers(
         loss_fn, params, model_state, self._next, self._key
       )
-      rules = self._schedule
+      rules = self._schedule or self._conversion
       layers = layers_lib.select(
         found,
         keep_first=rules.keep_first if rules else False,
@@ -209,7 +216,7 @@ class Run:
       self._take_switch(step)
     fresh = self._program is None
     if fresh:
-      self._use(step, self._step_program(self.state))
+      self._use(step, self._step_program())
     with self._recorder.clock('training'):
       self.state, metrics = self._program(self.state, batch, self._key)
       # The next batch is made while the device works on this one.
@@ -253,19 +260,21 @@ class Run:
 
   # Programs.
 
-  def _step_program(self, state) -> programs_lib.Program:
+  def _step_program(self) -> programs_lib.Program:
     with self._recorder.clock('compiling'):
-      return self._programs.get(*self._to_step(state))
+      return self._programs.get(*self._to_step(self.state, self._converted))
 
-  def _to_step(self, state) -> tuple[Hashable, programs_lib.Lower]:
+  def _to_step(
+    self, state, converted: bool = False
+  ) -> tuple[Hashable, programs_lib.Lower]:
     """The key of the step's program for this state, and how it is lowered."""
     step = jax.jit(
-      self._step,
+      self._step_after if converted else self._step,
       donate_argnums=0,
       out_shardings=(self._shardings(state), self._place.replicated),
     )
     lower = lambda: step.lower(self._shapes(state), self._batch, self._key)
-    return ('step', programs_lib.shapes(state)), lower
+    return ('step', converted, programs_lib.shapes(state)), lower
 
   def _use(self, step: int, program: programs_lib.Program):
     self._pace = self._step_seconds(step)
@@ -286,7 +295,11 @@ class Run:
 
   def _foresee(self, step: int):
     """Starts compiling what the next event and the step after it need."""
-    if self._schedule is None or not self._compaction.background:
+    if not self._compaction.background:
+      return
+    if self._conversion is not None:
+      self._foresee_conversion(step)
+    if self._schedule is None:
       return
     state = self.state
     within = lambda event: step < event.due < self._steps
@@ -308,6 +321,32 @@ class Run:
           state, params=params, opt_state=opt_state
         )
         self._programs.prepare(*self._to_step(converted))
+
+  def _foresee_conversion(self, step: int):
+    if not step < self._conversion.step < self._steps:
+      return
+    with self._recorder.clock('compiling'):
+      state, _ = jax.eval_shape(self._convert(), self.state)
+      self._programs.prepare(*self._to_conversion())
+      self._programs.prepare(*self._to_step(state, converted=True))
+
+  def _convert(self) -> Callable[..., Any]:
+    return functools.partial(
+      self._conversion.apply, layers=self._layers, tx=self._optimizer
+    )
+
+  def _to_conversion(self) -> tuple[Hashable, programs_lib.Lower]:
+    convert = self._convert()
+    state, _ = jax.eval_shape(convert, self.state)
+    out = self._shardings(state), self._place.replicated
+
+    def lower():
+      with self._spread():
+        return jax.jit(convert, out_shardings=out).lower(
+          self._shapes(self.state)
+        )
+
+    return 'conversion', lower
 
   def _to_event(self, plan, state) -> tuple[Hashable, programs_lib.Lower]:
     key = 'event', plan, programs_lib.shapes((state.params, state.opt_state))
@@ -402,6 +441,33 @@ class Run:
     self._compact(event.due, anew=bool(report.converted))
     if self._program is not None:
       self._foresee(event.due)
+
+  def convert(self, step: int):
+    """Does what the conversion says."""
+    self._settle()
+    with self._recorder.clock('compiling'):
+      program = self._programs.get(*self._to_conversion())
+    start = time.perf_counter()
+    with self._recorder.clock('events'):
+      self.state, lost = jax.block_until_ready(program(self.state))
+    self._converted, self._program = True, None
+    nodes = tree.flatten(self.state.params, lowrank.is_factored)
+    nodes = {p: x for p, x in nodes.items() if lowrank.is_factored(x)}
+    self._ranks = {
+      p: x.rank for p, x in nodes.items() if lowrank.is_low_rank(x)
+    }
+    self._recorder.record(
+      'conversion',
+      step,
+      ranks={p: x.rank for p, x in nodes.items()},
+      truncation={p: float(x) for p, x in lost.items()},
+      seconds=time.perf_counter() - start,
+      **self._counts(),
+    )
+
+  def _counts(self) -> dict[str, int]:
+    count = self._conversion.count if self._converted else metrics_lib.count
+    return count(self.state.params)._asdict()
 
   def _probed(self) -> float | None:
     """The loss of the batch that is next, where it is asked for."""
@@ -505,9 +571,8 @@ class Run:
       program = self._programs.get(*self._to_slice(ranks))
     with self._recorder.clock('events'):
       self.state = program(self.state)
-    counts = metrics_lib.count(self.state.params)
     self._recorder.record(
-      'compaction', step, stored_before=before, **details, **counts._asdict()
+      'compaction', step, stored_before=before, **details, **self._counts()
     )
 
   def track(self, step: int):
@@ -568,6 +633,7 @@ class Run:
       'run': self._identity(),
       'ranks': {path: node.rank for path, node in nodes.items()},
       'live_ranks': self._ranks,
+      'converted': self._converted,
       'switch': switch,
       'bases': list(bases),
       'update': self._update and self._update.event.step,
@@ -583,7 +649,7 @@ class Run:
 
   def _identity(self) -> dict[str, Any]:
     return snapshots.identity(
-      self._dense, self._layers, self._schedule, self._seed
+      self._dense, self._layers, self._schedule, self._conversion, self._seed
     )
 
   def like(self, manifest: checkpoint.Manifest) -> PyTree:
@@ -593,7 +659,11 @@ class Run:
       ValueError: it is of another run; says what differs.
     """
     snapshots.check_same(self._identity(), manifest['run'])
-    params, bases = snapshots.shapes(self._dense, self._layers, manifest)
+    params = self._dense
+    if manifest.get('converted'):
+      convert = functools.partial(self._conversion.convert, layers=self._layers)
+      params = jax.eval_shape(convert, params)
+    params, bases = snapshots.shapes(params, self._layers, manifest)
     state = dataclasses.replace(
       self.state,
       params=params,
@@ -622,6 +692,7 @@ class Run:
     self.state = arrays['state']
     self._bases = dict(zip(manifest['bases'], arrays['bases'], strict=True))
     self._ranks = manifest['live_ranks']
+    self._converted = manifest.get('converted', False)
     self._program = self._switch = self._update = self._tracked = None
     self._pace = manifest['pace']
     self._compile_seconds = manifest['compile_seconds']
@@ -647,6 +718,8 @@ class Run:
     rate = 1 / self._step_seconds(step)
     # The function is that of the sliced kernels, for which nothing is compiled.
     self.evaluate(step)
+    if self._converted:  # by whatever its step has done since
+      self._ranks = transforms.compact_ranks(self.state.params)
     self._slice(step, self._ranks)
     self._recorder.record(
       'end',
@@ -655,7 +728,7 @@ class Run:
       compilations=self._compilations,
       steps_per_second=rate,
       optimizer_bytes=self._optimizer_bytes(),
-      **metrics_lib.count(self.state.params)._asdict(),
+      **self._counts(),
     )
 
   def _optimizer_bytes(self) -> int:

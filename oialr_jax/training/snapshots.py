@@ -14,6 +14,7 @@ from oialr_jax import metrics
 from oialr_jax import schedule as schedule_lib
 from oialr_jax import transforms
 from oialr_jax import tree
+from oialr_jax.training import conversion as conversion_lib
 
 PyTree = Any
 
@@ -22,6 +23,7 @@ def identity(
   params: PyTree,
   layers: Sequence[layers_lib.Layer],
   schedule: schedule_lib.Schedule | None,
+  conversion: conversion_lib.Conversion | None,
   seed: int,
 ) -> dict[str, Any]:
   """What has to be the same where a run is resumed.
@@ -32,13 +34,21 @@ def identity(
     params: shapes of the parameters that the run begins with.
     layers: that the method is used on.
     schedule: of the method; None for a dense run.
+    conversion: of another method.
     seed: of the run's key.
   """
-  leaves = tree.flatten(params)
+  shapes_of = lambda t: {
+    p: f'{x.dtype}{list(x.shape)}' for p, x in tree.flatten(t).items()
+  }
+  converted = {}
+  if conversion is not None:
+    after = jax.eval_shape(lambda p: conversion.convert(p, layers), params)
+    converted = {'step': conversion.step, **shapes_of(after)}
   found = {
-    'parameters': {p: f'{x.dtype}{list(x.shape)}' for p, x in leaves.items()},
+    'parameters': shapes_of(params),
     'layers': {x.path: [*x.matrix, x.stack] for x in layers},
     'schedule': dataclasses.asdict(schedule) if schedule else {},
+    'conversion': converted,
     'seed': {'seed': seed},
   }
   return json.loads(json.dumps(found))  # as it is read again: without tuples
@@ -51,7 +61,7 @@ def check_same(mine: Mapping[str, Any], theirs: Mapping[str, Any]):
     ValueError: they differ; says in what.
   """
   for what, values in mine.items():
-    others = theirs[what]
+    others = theirs.get(what, {})  # an older release says less
     differing = [
       f'{k!r}: {others.get(k)} there, {values.get(k)} here'
       for k in {**values, **others}
