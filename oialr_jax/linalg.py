@@ -139,8 +139,8 @@ def by_shape(
 def after(done: PyTree, arrays: PyTree) -> PyTree:
   """The arrays, in a program not to be had before all of `done` is.
 
-  Two SVDs that XLA's CPU runtime runs at once can wait for each other for ever:
-  each holds threads of the pool, and wants those of the other. Neither
+  Two SVDs or QRs that XLA's CPU runtime runs at once can wait for each other for
+  ever: each holds threads of the pool, and wants those of the other. Neither
   `optimization_barrier` nor flags keep it from doing so.
   """
   if tree.is_concrete((done, arrays)):

@@ -691,7 +691,7 @@ def _undrifted(u, s, vt):
 
 def _orthonormalised(u, s, vt):
   u, left = linalg.qr_live(u)
-  v, right = linalg.qr_live(lowrank.transpose(vt))
+  v, right = linalg.qr_live(lowrank.transpose(linalg.after((u, left), vt)))
   s = lowrank.matmul(lowrank.matmul(left, s), lowrank.transpose(right))
   return u, s, lowrank.transpose(v)
 

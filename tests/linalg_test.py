@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from oialr_jax import linalg
+from oialr_jax import transforms
 from tests import kernels
 
 
@@ -232,8 +233,8 @@ def test_by_shape_of_nothing_is_nothing():
   assert linalg.by_shape(linalg.svd, {}) == {}
 
 
-def _svds_that_wait_for_none(fn, *args):
-  """SVDs of a program that depend on no other SVD of it."""
+def _that_wait_for_none(fn, *args):
+  """SVDs and QRs of a program that depend on no other of them."""
   found = []
   jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
 
@@ -243,7 +244,7 @@ def _svds_that_wait_for_none(fn, *args):
     for eqn in jaxpr.eqns:
       late = any(map(depends, eqn.invars))
       inner = eqn.params.get('jaxpr')
-      if eqn.primitive.name == 'svd':
+      if eqn.primitive.name in ('svd', 'qr'):
         found.append(late)
         late = True
       elif inner is not None:
@@ -262,9 +263,15 @@ def test_svds_of_one_program_are_one_after_the_other():
   """XLA's CPU runtime can deadlock where two of them run at once."""
   kernels = {str(n): (jnp.ones((2, n, 3)),) for n in range(3, 9)}
   both = lambda f: lambda kernels: {k: f(x)[1] for k, (x,) in kernels.items()}
-  assert _svds_that_wait_for_none(both(linalg.svd), kernels) == 6
+  assert _that_wait_for_none(both(linalg.svd), kernels) == 6
   chained = lambda kernels: linalg.by_shape(linalg.svd, kernels)
-  assert _svds_that_wait_for_none(chained, kernels) == 1
+  assert _that_wait_for_none(chained, kernels) == 1
+
+
+def test_qrs_of_drifted_bases_are_one_after_the_other():
+  """Their work is the same library's, in the same threads."""
+  parts = (jnp.ones((1, n, m)) for n, m in ((5, 3), (3, 3), (3, 4)))
+  assert _that_wait_for_none(transforms._orthonormalised, *parts) == 1
 
 
 def test_waiting_changes_nothing():
