@@ -11,6 +11,8 @@ are in result.json are left out, and the one that was interrupted goes on. See
 experiments/configs/cifar10_vit.py.
 """
 
+import optax
+
 from experiments import classification
 from experiments import cli
 from experiments import recipe
@@ -21,15 +23,43 @@ TRAINING_EXAMPLES = 50_000
 
 
 def main(config: settings.Config, options: cli.Options):
-  train = data.load('cifar10', 'train', data_dir=options.data_dir)
-  task = classification.Task.of_splits(
+  train, test = splits(config, options.data_dir)
+  recipe.compare(
+    task(config, train, test), config, options, examples=len(train)
+  )
+
+
+def splits(
+  config: settings.Config, data_dir: str | None
+) -> tuple[data.Split, data.Split]:
+  """Training and test data."""
+  del config  # there is one set
+  train, test = (
+    data.load('cifar10', split, data_dir=data_dir)
+    for split in ('train', 'test')
+  )
+  return train, test
+
+
+def task(
+  config: settings.Config, train: data.Split, test: data.Split
+) -> classification.Task:
+  """What is learnt from the one, and tested on the other."""
+  return classification.Task.of_splits(
     recipe.model(config),
     train.on_device(),
-    data.load('cifar10', 'test', data_dir=options.data_dir),
+    test,
     config,
     recipe.augmentation(data.Augmentation.cifar, config),
   )
-  recipe.compare(task, config, options, examples=len(train))
+
+
+def plan(
+  config: settings.Config, examples: int = TRAINING_EXAMPLES
+) -> tuple[int, optax.Schedule]:
+  """Steps, and the learning rate over them, with so many examples to learn."""
+  steps = recipe.length(config, examples)
+  return steps, recipe.rate(config, steps)
 
 
 def check(config: settings.Config):

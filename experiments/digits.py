@@ -8,6 +8,8 @@ prints one table, and writes to --workdir: metrics, plots, the compressed model,
 `config.json` and `result.json`. See experiments/configs/digits.py.
 """
 
+import optax
+
 from experiments import classification
 from experiments import cli
 from experiments import runs
@@ -17,12 +19,8 @@ from oialr_jax import models
 
 
 def main(config: settings.Config, options: cli.Options):
-  train, test = data.digits(seed=config.seed)
-  task = classification.Task.of_splits(
-    models.Mlp(widths=(config.width,) * 3), train, test, config
-  )
   classification.compare(
-    task,
+    task(config, *splits(config, options.data_dir)),
     config,
     options,
     methods=config.methods,
@@ -31,6 +29,31 @@ def main(config: settings.Config, options: cli.Options):
     rate=classification.cosine(config),
     track_every=config.track_every,
   )
+
+
+def splits(
+  config: settings.Config, data_dir: str | None
+) -> tuple[data.Split, data.Split]:
+  """Training and test data."""
+  del data_dir  # comes with scikit-learn
+  return data.digits(seed=config.seed)
+
+
+def task(
+  config: settings.Config, train: data.Split, test: data.Split
+) -> classification.Task:
+  """What is learnt from the one, and tested on the other."""
+  return classification.Task.of_splits(
+    models.Mlp(widths=(config.width,) * 3), train, test, config
+  )
+
+
+def plan(
+  config: settings.Config, examples: int | None = None
+) -> tuple[int, optax.Schedule]:
+  """Steps, and the learning rate over them, with so many examples to learn."""
+  del examples  # steps are not counted in epochs
+  return config.steps, classification.cosine(config)
 
 
 def check(config: settings.Config):

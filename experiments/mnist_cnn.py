@@ -11,6 +11,8 @@ experiments/configs/mnist_cnn.py.
 
 from typing import Any
 
+import optax
+
 from experiments import classification
 from experiments import cli
 from experiments import results
@@ -24,12 +26,6 @@ _POLICIES = ('reset', 'reference')
 
 
 def main(config: settings.Config, options: cli.Options):
-  task = classification.Task.of_splits(
-    models.MnistCnn(),
-    data.load('mnist', 'train', data_dir=options.data_dir),
-    data.load('mnist', 'test', data_dir=options.data_dir),
-    config,
-  )
   delay = classification.delay(config)
   partly = dict(stop_at=delay + results.WINDOW, track_every=None)
 
@@ -39,7 +35,7 @@ def main(config: settings.Config, options: cli.Options):
     return whole | {'loss after transition': after}
 
   classification.compare(
-    task,
+    task(config, *splits(config, options.data_dir)),
     config,
     options,
     methods=config.methods,
@@ -50,6 +46,32 @@ def main(config: settings.Config, options: cli.Options):
     rate=classification.cosine(config),
     track_every=config.track_every,
   )
+
+
+def splits(
+  config: settings.Config, data_dir: str | None
+) -> tuple[data.Split, data.Split]:
+  """Training and test data."""
+  del config  # there is one set
+  train, test = (
+    data.load('mnist', split, data_dir=data_dir) for split in ('train', 'test')
+  )
+  return train, test
+
+
+def task(
+  config: settings.Config, train: data.Split, test: data.Split
+) -> classification.Task:
+  """What is learnt from the one, and tested on the other."""
+  return classification.Task.of_splits(models.MnistCnn(), train, test, config)
+
+
+def plan(
+  config: settings.Config, examples: int | None = None
+) -> tuple[int, optax.Schedule]:
+  """Steps, and the learning rate over them, with so many examples to learn."""
+  del examples  # steps are not counted in epochs
+  return config.steps, classification.cosine(config)
 
 
 def check(config: settings.Config):

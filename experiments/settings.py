@@ -19,6 +19,8 @@ _RULES: Mapping[str, Callable[[Any], bool]] = {
   'at least 0': lambda x: x >= 0,
   'at least 1': lambda x: x >= 1,
   'positive': lambda x: x > 0,
+  'in (0, 1)': lambda x: 0 < x < 1,
+  'in (0, 1]': lambda x: 0 < x <= 1,
   'in [0, 1)': lambda x: 0 <= x < 1,
   'true or false': lambda x: isinstance(x, bool),
   "'float32' or 'bfloat16'": lambda x: x in ('float32', 'bfloat16'),
@@ -29,6 +31,7 @@ _RULES: Mapping[str, Callable[[Any], bool]] = {
 SETTINGS: Mapping[str, tuple[str, str]] = {
   'accumulate': ('parts that a batch is cut into', 'at least 1'),
   'batch_size': ('examples of a step', 'at least 1'),
+  'binary': ('whose settings are searched, said with --config', 'known'),
   'clip': ('largest norm of the gradients', 'positive'),
   'constant_epochs': ('epochs before the rate is halved', 'at least 1'),
   'cooldown_epochs': ('epochs at end_rate, at the end', 'at least 0'),
@@ -41,6 +44,10 @@ SETTINGS: Mapping[str, tuple[str, str]] = {
     'windows of a split to evaluate on; all by default',
     'at least 1',
   ),
+  'grace': (
+    'seconds without a sign of life until a trial is given to another worker',
+    'positive',
+  ),
   'horizons': ('steps to forecast, a run for each', 'at least 1'),
   'image_size': ('height and width in pixels', 'at least 1'),
   'k_decay': ("exponent of the cosine's k-decay", 'positive'),
@@ -52,8 +59,13 @@ SETTINGS: Mapping[str, tuple[str, str]] = {
     'evaluations without improvement that end a run; 0 ends none',
     'at least 0',
   ),
+  'prune': (
+    'share of the trials before that have to be better, half way, to stop one',
+    'in (0, 1]',
+  ),
   'remat': ('compute activations again, to save memory', 'true or false'),
   'rewarmup': ('steps of a warm-up after every event', 'at least 0'),
+  'rungs': ('evaluations during a trial, at which it may stop', 'at least 0'),
   'seed': ('of the data, the parameters and the batches', 'at least 0'),
   'seeds': ('of parameters and batches, runs for each', 'at least 0'),
   'seq_len': ('steps of the past that the model sees', 'at least 1'),
@@ -63,19 +75,32 @@ SETTINGS: Mapping[str, tuple[str, str]] = {
     'stop after so many epochs, with nothing else changed',
     'positive',
   ),
+  'storage': (
+    "of trials: an SQLAlchemy URL, or 'journal:FILE'; by default a file of "
+    'SQLite in --workdir',
+    'known',
+  ),
+  'test_seeds': ('of the runs that are tested at the end', 'at least 0'),
   'track_every': (
     "steps between measurements of the bases' turn",
     'at least 1',
   ),
+  'trials': ('settings to try, by all workers together', 'at least 1'),
+  'validation': ('share of the training data to choose by', 'in (0, 1)'),
   'warmup': ('steps of linear warm-up', 'at least 0'),
   'warmup_epochs': ('epochs of linear warm-up', 'at least 0'),
   'warmup_rate': ('learning rate at step 0', 'at least 0'),
   'weight_decay': ("AdamW's", 'at least 0'),
   'width': ('of the hidden layers', 'at least 1'),
-  'workers': ('processes that decode images; 0 takes threads', 'at least 0'),
+  'workers': (
+    'processes: that decode images, where 0 takes threads; or that search, '
+    'where 0 shows what there is',
+    'at least 0',
+  ),
 }
 SECTIONS: Mapping[str, str] = {
   'augmentation': 'of training images, see oialr_jax.data.Augmentation',
+  'base': 'of the binary whose settings are searched, of a trial without change',
   'compaction': 'when ranks are sliced, see oialr_jax.training.Compaction',
   'model': 'its name and attributes, see oialr_jax.models',
   'oialr': 'of the method, see oialr_jax.Schedule',
@@ -85,6 +110,7 @@ SECTIONS: Mapping[str, str] = {
   'galore': 'of that method, see experiments.methods.Galore',
   'lora_style': 'of that method, see experiments.lora.Lora',
   'dlrt': 'of that method, see experiments.dlrt.Dlrt',
+  'space': 'least and largest values to try, see experiments.search',
 }
 
 
@@ -107,7 +133,7 @@ def describe(config: Config) -> str:
   for key, value in config.items():
     if key in SECTIONS:
       lines.append(f'{key}.*: {SECTIONS[key]}')
-      lines += [f'{key}.{k} = {_shown(v)}' for k, v in value.items()]
+      lines += [f'{key}.{k} = {_shown(v)}' for k, v in flat(value).items()]
     else:
       lines.append(f'{key} = {_shown(value)}: {SETTINGS[key][0]}')
   return '\n'.join(lines)
@@ -169,6 +195,17 @@ def build(make: type[T], config: Config, section: str, **more: Any) -> T:
     raise ValueError(f'{where}: {e}') from e
   except TypeError as e:
     raise ValueError(f'{where}={values}: of a wrong type ({e}).') from e
+
+
+def flat(config: Config) -> dict[str, Any]:
+  """Settings by name, those of sections as 'section.name'."""
+  found = {}
+  for key, value in config.items():
+    if isinstance(value, Config):
+      found |= {f'{key}.{k}': v for k, v in flat(value).items()}
+    else:
+      found[key] = value
+  return found
 
 
 def split_tuples(config: Config):
