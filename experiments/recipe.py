@@ -1,7 +1,8 @@
 """What runs by timm's recipe share: its augmentation, its schedule, epochs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import dataclasses
+from typing import Any
 
 from flax import linen as nn
 import jax
@@ -20,23 +21,32 @@ Config = settings.Config
 
 
 def model(config: Config) -> nn.Module:
-  """The model as configured.
+  """The model as configured, see `network`."""
+  return network(config.model, 'config.model')
+
+
+def network(section: Mapping[str, Any], where: str) -> nn.Module:
+  """The model of a section: its name, attributes and dtype.
+
+  Args:
+    section: of the configuration.
+    where: it is, for errors.
 
   Raises:
     ValueError: there is no such model, it has no such attribute, or not with
       such a value.
   """
-  attributes = dict(config.model)
-  settings.check_names([attributes['name']], models.NAMES, 'config.model')
+  attributes = dict(section)
+  settings.check_names([attributes['name']], models.NAMES, where)
   dtype = attributes.pop('dtype')
   if dtype not in ('float32', 'bfloat16'):
     raise ValueError(
-      f"config.model.dtype={dtype!r}: must be 'float32' or 'bfloat16'."
+      f"{where}.dtype={dtype!r}: must be 'float32' or 'bfloat16'."
     )
   try:
     return models.create(**attributes, dtype=jnp.dtype(dtype))
   except (TypeError, ValueError) as e:
-    raise ValueError(f'config.model: {e}') from e
+    raise ValueError(f'{where}: {e}') from e
 
 
 def augmentation(

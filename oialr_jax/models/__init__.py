@@ -3,6 +3,7 @@
 from oialr_jax.models import convert
 from oialr_jax.models.autoformer import Autoformer
 from oialr_jax.models.convnext import ConvNext
+from oialr_jax.models.gpt import Gpt
 from oialr_jax.models.mixer import Mixer
 from oialr_jax.models.registry import create
 from oialr_jax.models.registry import inputs

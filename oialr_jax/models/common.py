@@ -4,7 +4,7 @@ Names of submodules and parameters are timm's throughout the package: an index
 follows an underscore, `blocks_3/attn/qkv` for `blocks.3.attn.qkv`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from flax import linen as nn
@@ -25,6 +25,22 @@ def gelu(x: Array) -> Array:
   JAX's own is by erfc, more exact in the far tail and, on CPUs, twice as slow.
   """
   return 0.5 * x * (1 + jax.lax.erf(x * jnp.array(0.5**0.5, x.dtype)))
+
+
+ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
+  'gelu': gelu,
+  'relu': nn.relu,
+  'silu': nn.silu,
+  'tanh': nn.tanh,
+}
+
+
+def check_activation(name: str) -> None:
+  """Raises ValueError unless it is one of `ACTIVATIONS`."""
+  if name not in ACTIVATIONS:
+    raise ValueError(
+      f'activation={name!r}: must be one of {", ".join(ACTIVATIONS)}.'
+    )
 
 
 class DropPath(nn.Module):
@@ -59,24 +75,26 @@ def rising(rate: float, depth: int) -> list[float]:
 
 
 class MlpBlock(nn.Module):
-  """Two dense layers over the last axis, with a gelu between them.
+  """Two dense layers over the last axis, with an activation between them.
 
   Attributes:
     width: of the hidden layer.
     dense: makes a dense layer of so many features.
     dropout: rate after each of the two.
+    activation: one of `ACTIVATIONS`.
   """
 
   width: int
   dense: Callable[..., nn.Module]
   dropout: float = 0.0
+  activation: str = 'gelu'
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> Array:
     """`[..., features]` of `[..., features]`."""
     drop = nn.Dropout(self.dropout, deterministic=not train)
     hidden = self.dense(self.width, name='fc1')(x)
-    hidden = drop(gelu(hidden))
+    hidden = drop(ACTIVATIONS[self.activation](hidden))
     return drop(self.dense(x.shape[-1], name='fc2')(hidden))
 
 

@@ -7,6 +7,8 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from oialr_jax.models import common
+
 Array = jax.Array
 
 
@@ -16,20 +18,30 @@ class Mlp(nn.Module):
   Attributes:
     widths: of the hidden layers.
     num_classes: of the output.
+    activation: one of `common.ACTIVATIONS`.
     dtype: to compute in.
+
+  Raises:
+    ValueError: when built, of an activation that is unknown.
   """
 
   widths: Sequence[int] = (512, 512, 512)
   num_classes: int = 10
+  activation: str = 'relu'
   dtype: Any = jnp.float32
+
+  def __post_init__(self):
+    common.check_activation(self.activation)
+    super().__post_init__()
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> Array:
     """Logits `[batch, classes]` of inputs `[batch, ...]`."""
     del train
+    activate = common.ACTIVATIONS[self.activation]
     x = x.reshape(x.shape[0], -1)
     for i, width in enumerate(self.widths):
-      x = nn.relu(nn.Dense(width, dtype=self.dtype, name=f'dense_{i}')(x))
+      x = activate(nn.Dense(width, dtype=self.dtype, name=f'dense_{i}')(x))
     return nn.Dense(self.num_classes, dtype=self.dtype, name='head')(x)
 
 
@@ -43,7 +55,11 @@ class MnistCnn(nn.Module):
     num_classes: of the output.
     batch_norm: normalise after every layer but the last.
     dropout: rate after the hidden layer.
+    activation: one of `common.ACTIVATIONS`.
     dtype: to compute in.
+
+  Raises:
+    ValueError: when built, of an activation that is unknown.
   """
 
   channels: Sequence[int] = (32, 64)
@@ -52,20 +68,26 @@ class MnistCnn(nn.Module):
   num_classes: int = 10
   batch_norm: bool = False
   dropout: float = 0.5
+  activation: str = 'relu'
   dtype: Any = jnp.float32
+
+  def __post_init__(self):
+    common.check_activation(self.activation)
+    super().__post_init__()
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> Array:
     """Logits `[batch, classes]` of images `[batch, height, width, channels]`."""
+    activate = common.ACTIVATIONS[self.activation]
     for i, channels in enumerate(self.channels):
       window = (self.kernel, self.kernel)
       conv = nn.Conv(
         channels, window, strides=2, dtype=self.dtype, name=f'conv_{i}'
       )
-      x = nn.relu(self._norm(conv(x), f'norm_{i}', train))
+      x = activate(self._norm(conv(x), f'norm_{i}', train))
     x = x.reshape(x.shape[0], -1)
     x = nn.Dense(self.width, dtype=self.dtype, name='hidden')(x)
-    x = nn.relu(self._norm(x, 'norm_hidden', train))
+    x = activate(self._norm(x, 'norm_hidden', train))
     x = nn.Dropout(self.dropout, deterministic=not train)(x)
     return nn.Dense(self.num_classes, dtype=self.dtype, name='head')(x)
 

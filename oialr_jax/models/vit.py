@@ -16,8 +16,8 @@ Array = jax.Array
 class Vit(nn.Module):
   """A vision transformer; the position embedding is of the size of its input.
 
-  Norms are in front of attention and MLP, gelu is exact, and query, key and
-  value are one dense layer. The head computes in `param_dtype`.
+  Norms are in front of attention and MLP, and query, key and value are one
+  dense layer. The head computes in `param_dtype`.
 
   Attributes:
     num_classes: of the output.
@@ -35,13 +35,14 @@ class Vit(nn.Module):
     attn_dropout: rate for the weights of attention.
     drop_path: rate of stochastic depth in the last block, rising linearly
       from 0 in the first.
+    activation: of the MLPs, one of `common.ACTIVATIONS`; the gelu is exact.
     dtype: to compute in.
     param_dtype: of the parameters.
 
   Raises:
     ValueError: when built, of heads that do not share the features evenly, a
-      pooling that is unknown or wants a class token that is not there, or a
-      rate outside of [0, 1).
+      pooling that is unknown or wants a class token that is not there, an
+      activation that is unknown, or a rate outside of [0, 1).
   """
 
   num_classes: int = 1000
@@ -56,6 +57,7 @@ class Vit(nn.Module):
   dropout: float = 0.0
   attn_dropout: float = 0.0
   drop_path: float = 0.0
+  activation: str = 'gelu'
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
 
@@ -79,6 +81,7 @@ class Vit(nn.Module):
       attn_dropout=self.attn_dropout,
       drop_path=self.drop_path,
     )
+    common.check_activation(self.activation)
     super().__post_init__()
 
   @nn.compact
@@ -104,6 +107,7 @@ class Vit(nn.Module):
       norm=norm,
       dropout=self.dropout,
       attn_dropout=self.attn_dropout,
+      activation=self.activation,
     )
     x = self._embed(x, train)
     for i, rate in enumerate(common.rising(self.drop_path, self.depth)):
@@ -155,6 +159,8 @@ class Block(nn.Module):
     dropout: rate after dense layers.
     attn_dropout: rate for the weights of attention.
     drop_path: rate of stochastic depth.
+    activation: of the MLP.
+    causal: whether a token sees itself and those before it alone.
   """
 
   num_heads: int
@@ -165,6 +171,8 @@ class Block(nn.Module):
   dropout: float = 0.0
   attn_dropout: float = 0.0
   drop_path: float = 0.0
+  activation: str = 'gelu'
+  causal: bool = False
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> Array:
@@ -175,9 +183,12 @@ class Block(nn.Module):
       self.dense,
       self.dropout,
       self.attn_dropout,
+      self.causal,
       name='attn',
     )
-    mlp = common.MlpBlock(self.mlp_width, self.dense, self.dropout, name='mlp')
+    mlp = common.MlpBlock(
+      self.mlp_width, self.dense, self.dropout, self.activation, name='mlp'
+    )
     drop_path = common.DropPath(self.drop_path)
     x = x + drop_path(attention(self.norm(name='norm1')(x), train), train)
     return x + drop_path(mlp(self.norm(name='norm2')(x), train), train)
@@ -194,6 +205,7 @@ class Attention(nn.Module):
     dense: makes a dense layer of so many features.
     dropout: rate after the projection.
     attn_dropout: rate for the weights of attention.
+    causal: whether a token sees itself and those before it alone.
   """
 
   num_heads: int
@@ -201,6 +213,7 @@ class Attention(nn.Module):
   dense: Callable[..., nn.Module]
   dropout: float = 0.0
   attn_dropout: float = 0.0
+  causal: bool = False
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> Array:
@@ -211,6 +224,7 @@ class Attention(nn.Module):
     random = train and self.attn_dropout > 0
     x = nn.dot_product_attention(
       *jnp.unstack(qkv, axis=2),
+      mask=nn.make_causal_mask(jnp.ones(x.shape[:2])) if self.causal else None,
       broadcast_dropout=False,
       dropout_rng=self.make_rng('dropout') if random else None,
       dropout_rate=self.attn_dropout,

@@ -48,6 +48,7 @@ def fit(
   eval_data: Callable[[], Iterable[PyTree]] | None = None,
   eval_every: int | None = None,
   track_every: int | None = None,
+  track_more: run_lib.TrackFn | None = None,
   log_every: int = 50,
   seed: int = 0,
   compaction: compaction_lib.Compaction = compaction_lib.Compaction(),  # noqa: B008 (frozen)
@@ -86,6 +87,8 @@ def fit(
     eval_every: steps between evaluations; there is one at the end anyway.
     track_every: steps between measurements of every layer's stability, against
       the measurement before.
+    track_more: `(old_params, params, layers) -> {name: {path: number}}`: what
+      is to be measured besides, for the same records.
     log_every: steps between 'train' records.
     seed: of the key, which is folded with the step.
     compaction: when pruned directions are sliced away.
@@ -149,6 +152,8 @@ def fit(
       f'rollbacks={rollbacks}: there is nothing to go back to; pass '
       'checkpoint_every.'
     )
+  if track_more is not None and track_every is None:
+    raise ValueError('track_more wants to know how often: pass track_every.')
   if workdir is None and (checkpoint_every or resume):
     raise ValueError('checkpoint_every and resume want a workdir: pass one.')
   if compilation_cache:
@@ -177,6 +182,7 @@ def fit(
     seed=seed,
     recorder=recorder,
     tracking=track_every is not None,
+    track_more=track_more,
     placement=placement,
     accumulate=accumulate,
     remat=remat,

@@ -6,7 +6,7 @@ on. Nothing is read from the device while steps run, except the metrics of steps
 that are done.
 """
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 import contextlib
 import dataclasses
 import functools
@@ -34,6 +34,10 @@ from oialr_jax.training import steps as steps_lib
 PyTree = Any
 Record = recorder_lib.Record
 Layers = tuple[layers_lib.Layer, ...]
+# (params of the measurement before, params, layers) -> numbers by path, by name
+TrackFn = Callable[
+  [PyTree, PyTree, Layers], Mapping[str, Mapping[str, jax.Array]]
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +108,7 @@ class Run:
     seed,
     recorder,
     tracking,
+    track_more,
     placement,
     accumulate,
     remat,
@@ -160,6 +165,7 @@ class Run:
     self._switch: _Switch | None = None
     self._threads = background.threads()
     self._update: background.Update | None = None  # that is under way
+    self._track_more = track_more
     self._bases, self._tracked = None, None
     nodes = transforms.low_rank_leaves(params)
     # Of the low-rank leaves, after the last event.
@@ -583,17 +589,21 @@ class Run:
       params = self.state.params
       bases = metrics_lib.basis(params, self._layers)
       mixing = metrics_lib.mixing(params, self._layers)
+      more = self._track_more
       if self._tracked is not None:
-        old_bases, old_mixing = self._tracked
-        turned = metrics_lib.stability(old_bases, bases)
-        moved = metrics_lib.r_distance(old_mixing, mixing)
+        old_bases, old_mixing, old_params = self._tracked
+        measured = {
+          'stability': metrics_lib.stability(old_bases, bases),
+          'r_distance': metrics_lib.r_distance(old_mixing, mixing),
+          **(more(old_params, params, self._layers) if more else {}),
+        }
+        numbers = lambda values: {k: float(v) for k, v in values.items()}
         self._recorder.record(
-          'stability',
-          step,
-          stability={k: float(v) for k, v in turned.items()},
-          r_distance={k: float(v) for k, v in moved.items()},
+          'stability', step, **{k: numbers(v) for k, v in measured.items()}
         )
-      self._tracked = bases, mixing
+      # A copy, because steps donate their state.
+      kept = jax.tree.map(jnp.copy, params) if more else None
+      self._tracked = bases, mixing, kept
 
   def evaluate(self, step: int):
     if self._eval is None:

@@ -1,0 +1,94 @@
+"""OIALR on MLP-Mixer, ConvNeXt, ResNet and a decoder-only language model.
+
+Paper row: none; its networks are ViTs, ResNet-RS and Autoformer.
+Command: python -m experiments.architectures
+Hardware and minutes: any CPU; about 15 minutes on 2 cores.
+Expected: OIALR within the deviation of dense, with a fraction of the trainable
+parameters. See BUILD_NOTES.md for what was measured.
+
+Images are the digits, every pixel as 2 x 2; the text is the source of Python's
+standard library. The variant `cifar10` has CIFAR-10 and networks of eight times
+the size, for a GPU.
+"""
+
+import ml_collections
+
+from experiments import settings
+
+_MODELS = dict(
+  mixer=dict(
+    name='mixer_b16_224',
+    num_classes=10,
+    patch_size=4,
+    embed_dim=64,
+    depth=4,
+    dtype='float32',
+  ),
+  convnext=dict(
+    name='convnext_tiny',
+    num_classes=10,
+    depths=(1, 1, 2),
+    dims=(32, 64, 128),
+    dtype='float32',
+  ),
+  resnet=dict(name='resnet18_cifar', width=16, dtype='float32'),
+  gpt=dict(embed_dim=64, depth=3, num_heads=4),
+)
+_VARIANTS = {
+  '': {},
+  'cifar10': dict(
+    data='cifar10',
+    upscale=1,
+    augment=True,
+    val_share=0.1,
+    steps=20_000,
+    batch_size=128,
+    eval_batch_size=500,
+    warmup=1000,
+    context=256,
+    characters=10_000_000,  # all
+    models=dict(
+      mixer=dict(embed_dim=256, depth=8),
+      convnext=dict(depths=(3, 3, 9), dims=(96, 192, 384)),
+      resnet=dict(width=64),
+      gpt=dict(embed_dim=384, depth=6, num_heads=6),
+    ),
+    oialr=dict(every=500),
+  ),
+}
+
+
+def get_config(variant: str = '') -> ml_collections.ConfigDict:
+  settings.check_names([variant], _VARIANTS, 'variant')
+  config = ml_collections.ConfigDict(
+    dict(
+      networks=('mixer', 'convnext', 'resnet', 'gpt'),
+      methods=('dense', 'oialr'),
+      seeds=(0, 1),
+      data='digits',
+      examples=settings.optional(int),
+      val_share=0.2,
+      upscale=2,
+      augment=False,
+      characters=400_000,
+      context=64,
+      steps=600,
+      batch_size=64,
+      eval_batch_size=450,
+      learning_rate=1e-3,
+      warmup=60,
+      weight_decay=0.01,
+      clip=5.0,
+      models=_MODELS,
+      # Sliced at the end alone: between, a run of seconds would compile.
+      compaction=dict(min_saving=1.0, background=False, reproducible=True),
+      oialr=dict(
+        delay=settings.either(1 / 3),  # steps, or a share of the run
+        every=40,
+        cutoff=0.2,
+        progressive=0.5,
+      ),
+    )
+  )
+  config.update(_VARIANTS[variant])
+  return config
