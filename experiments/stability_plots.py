@@ -88,6 +88,7 @@ def _panel(above: Any, below: Any, title: str, records: Records) -> Any:
       steps, turn(chance), '--'
     )[0],
   }
+  below.set_xlim(above.get_xlim())
   below.grid(alpha=0.3)
   below.tick_params(labelsize=7)
   drawing.over_steps(below, 4)

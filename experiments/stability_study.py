@@ -86,18 +86,21 @@ def check(config: Config):
 def conditions(config: Config) -> list[tuple[Any, ...]]:
   """Network, activation, schedule and batch size of every condition.
 
-  One factor at a time differs from the base: activations of every network,
-  schedules and batch sizes of the first.
+  One factor at a time differs from the base: activations and schedules of every
+  network, batch sizes of the first.
   """
   base = {key: config[key] for key in _BASE}
-  first, *_ = config.networks
   changes = [
-    (network, 'activation', activation)
+    (network, factor, value)
     for network in config.networks
-    for activation in (config.activation, *config.activations)
+    for factor, values in (
+      ('activation', (config.activation, *config.activations)),
+      ('schedule', config.schedules),
+      ('batch_size', config.batch_sizes),
+    )
+    for value in values
+    if factor != 'batch_size' or network == config.networks[0]
   ]
-  changes += [(first, 'schedule', x) for x in config.schedules]
-  changes += [(first, 'batch_size', x) for x in config.batch_sizes]
   found = [
     (network, *(base | {factor: value}).values())
     for network, factor, value in changes

@@ -8,6 +8,10 @@ norm, as the kernel is at the end of the interval.
 
     turn / chance = (1 - stability) / (1 - stability of the random step)
 
+Of a run that is the median over layers and intervals: where a singular value
+passes through zero, its direction changes sign, and a basis of rank k turns by
+2 / k at once, though the kernel hardly moves.
+
 Records are those of kind 'stability' of a run that tracked with `measure`.
 """
 
@@ -27,8 +31,8 @@ PyTree = Any
 Records = Sequence[Mapping[str, Any]]
 
 THRESHOLDS = (0.95, 0.98)
-# Of the run, at its beginning and its end: what is compared.
-_SHARE = 0.25
+# Of the run, what is early and what is late.
+_EARLY, _LATE = 0.25, 0.5
 # 1 - stability in float32 is not more exact than that.
 _ROUNDING = 1e-5
 
@@ -98,36 +102,31 @@ def settled(
 def summary(records: Records, steps: int) -> dict[str, Any]:
   """The numbers of a run: stability, distances, and what they are by chance.
 
-  'early' and 'late' are of the first and the last quarter of the run.
+  'early' is the first quarter of the run, 'late' its second half.
 
   Args:
     records: of the run.
     steps: of the run.
   """
   ends, _, stability = series.grid(records, 'stability', 'stability')
-  grids = {
-    field: series.grid(records, 'stability', field)[2]
+  distance, norm, change, chance = (
+    series.grid(records, 'stability', field)[2]
     for field in ('r_distance', 'norm', 'change', 'chance')
-  }
+  )
   mean = stability.mean(axis=0)
-  moved = grids['change'] * grids['norm']
   found = {f'from {x}': settled(ends, mean, steps, x) for x in THRESHOLDS}
   found |= {'lowest': float(mean.min()), 'final': float(mean[-1])}
-  parts = {
-    'early': ends <= _SHARE * steps,
-    'late': ends > steps - _SHARE * steps,
-  }
+  parts = {'early': ends <= _EARLY * steps, 'late': ends > _LATE * steps}
   for name, at in parts.items():
-    chance = 1 - grids['chance'][:, at].mean()
-    turn = 1 - stability[:, at].mean()
+    moved = chance[:, at] < 1 - _ROUNDING
+    turned = (1 - stability[:, at][moved]) / (1 - chance[:, at][moved])
+    mixed = distance[:, at] / (change * norm)[:, at]
     found |= {
-      f'change % {name}': 100 * float(grids['change'][:, at].mean()),
-      f'turn / chance {name}': float(turn / chance)
-      if chance > _ROUNDING
+      f'change % {name}': 100 * float(change[:, at].mean()),
+      f'turn / chance {name}': float(np.median(turned))
+      if moved.any()
       else None,
-      f'R-distance / change {name}': float(
-        (grids['r_distance'][:, at] / moved[:, at]).mean()
-      ),
+      f'R-distance / change {name}': float(np.median(mixed)),
     }
   return found | {'shows': _verdict(found)}
 
@@ -173,7 +172,7 @@ def _verdict(found: Mapping[str, Any]) -> str:
   """Whether the bases settle: at all, and beyond what shorter steps explain."""
   settles = found[f'from {THRESHOLDS[0]}']
   early, late = (found[f'turn / chance {x}'] for x in ('early', 'late'))
-  if settles is None or settles > 1 - _SHARE:
+  if settles is None or settles > _LATE:
     return 'no'
   if early is None or late is None:
     return 'no motion'

@@ -16,9 +16,16 @@ from experiments import image_sets
 from experiments import language
 from experiments import stability_study
 from oialr_jax import models
+from tests import kernels
 
 # How ml_collections loads a file of settings.
 pytestmark = pytest.mark.filterwarnings('ignore:the load_module')
+
+
+@pytest.fixture(autouse=True, scope='module')
+def _quickly():
+  yield from kernels.quick_compilation()
+
 
 SHORT = (
   '--quiet',
@@ -89,7 +96,7 @@ def test_beta_study(tmp_path, capsys, monkeypatch):
     '--config.seeds=0',
     '--config.model.widths=12,12',
     '--config.oialr.delay=0.25',
-    '--config.oialr.every=4',
+    '--config.oialr.every=8',
     '--config.oialr.progressive=1',
   )
   rows = run(beta_study, tmp_path, *flags)
@@ -132,32 +139,24 @@ def test_delay_study(tmp_path, capsys, monkeypatch):
 
 def test_architectures(tmp_path, capsys, monkeypatch):
   flags = (
-    '--config.networks=mixer,gpt',
+    '--config.networks=gpt',
     '--config.seeds=0',
     '--config.characters=4000',
     '--config.context=8',
-    '--config.models.mixer.embed_dim=8',
-    '--config.models.mixer.depth=1',
     '--config.models.gpt.embed_dim=16',
     '--config.models.gpt.depth=1',
     '--config.oialr.delay=0.25',
-    '--config.oialr.every=8',
+    '--config.oialr.every=99',  # what compiles takes the time
     '--config.oialr.progressive=1',
   )
   rows = run(architectures, tmp_path, *flags)
-  of = {(row['network'], row['method']): row for row in rows}
-  assert [*of] == [
-    (network, method)
-    for network in ('mixer', 'gpt')
-    for method in ('dense', 'oialr')
-  ]
-  for network in ('mixer', 'gpt'):
-    assert of[network, 'dense']['trainable %'] == 100
-    assert of[network, 'oialr']['trainable %'] < 100
+  assert [row['method'] for row in rows] == ['dense', 'oialr']
+  dense, low = rows
+  assert dense['trainable %'] == 100 > low['trainable %']
   # Not far from a guess, log2(128) = 7 bits.
-  assert 4 < of['gpt', 'dense']['test'] < 7.5
+  assert 4 < dense['test'] < 7.5
   printed = capsys.readouterr().out
-  assert 'bits a character' in printed and 'accuracy %' in printed
+  assert 'bits a character' in printed
   assert rerun(architectures, tmp_path, monkeypatch, *flags) == rows
 
 
@@ -192,7 +191,7 @@ def test_splits_share_no_image_and_are_measured_apart():
     assert found[f'{name}_accuracy'] / count == pytest.approx(hit.mean())
     logs = jax.nn.log_softmax(logits)[np.arange(len(split)), split.label]
     assert found[f'{name}_loss'] / count == pytest.approx(
-      -logs.mean(), rel=1e-5
+      float(-logs.mean()), rel=1e-5
     )
 
 
@@ -224,15 +223,17 @@ def test_text_is_cut_by_files_and_windows_follow_the_seed():
   assert np.any(first != next(task.train(1)))
   # Bits over the test windows alone, by hand.
   params, state = task.init(0)
+  evaluate = jax.jit(task.evaluate)
   found, count = 0, 0
   for batch in task.test():
     count += batch['mask'].sum()
-    bits = task.evaluate(params, state, batch)['test_bits']
+    bits = evaluate(params, state, batch)['test_bits']
     found += float((bits * batch['mask']).sum())
   windows = np.stack(
     [texts['test'][i : i + 9] for i in range(0, 500 - 8, 8)]
   ).astype(np.int32)
-  logits = np.asarray(model.apply({'params': params}, windows[:, :-1]))
+  logits = jax.jit(model.apply)({'params': params}, windows[:, :-1])
+  logits = np.asarray(logits)
   logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
   rows, columns = np.indices(windows[:, 1:].shape)
   expected = -logs[rows, columns, windows[:, 1:]].mean() / np.log(2)
@@ -252,7 +253,7 @@ def test_text_is_cut_by_files_and_windows_follow_the_seed():
     (stability_study, '--config.data=mnits', "did you mean 'mnist'"),
     (stability_study, '--config.augment', 'is for data=cifar10'),
     (stability_study, '--config.batch_sizes=2000', 'more than there are'),
-    (stability_study, '--config.track_every=100', 'quarters of the 600 steps'),
+    (stability_study, '--config.track_every=100', 'quarters of the 480 steps'),
     (stability_study, '--config.models.vit.patch_size=3', 'config.models.vit'),
     (beta_study, '--config.cutoffs=1.5', 'config.cutoffs=1.5: must be in'),
     (beta_study, '--config.oialr.evry=3', 'Did you mean "every"'),

@@ -127,7 +127,7 @@ def verdict(turns, chances, steps=80):
 
 
 def test_a_basis_that_settles_has_to_turn_less_than_by_chance():
-  big, small = [0.3] * 2, [0.01] * 6
+  big, small = [0.3] * 2, [0.01] * 6  # a quarter of the run, and the rest
   # Turns shrink more than those of random steps.
   assert verdict(big + small, big + [0.1] * 6) == 'yes'
   # As much as those of random steps: the steps are shorter, that is all.
