@@ -8,21 +8,36 @@ from absl import flags
 import ml_collections
 import pytest
 
+from experiments import architectures
+from experiments import beta_study
 from experiments import cifar10_vit
 from experiments import cli
+from experiments import delay_study
 from experiments import digits
 from experiments import ett_autoformer
 from experiments import imagenet
 from experiments import mnist_cnn
 from experiments import runs
 from experiments import settings
+from experiments import stability_study
 from oialr_jax import training
 
 # How ml_collections loads a file of settings.
 pytestmark = pytest.mark.filterwarnings('ignore:the load_module')
 
 BINARIES = [
-  x.BINARY for x in (digits, mnist_cnn, ett_autoformer, cifar10_vit, imagenet)
+  x.BINARY
+  for x in (
+    digits,
+    mnist_cnn,
+    ett_autoformer,
+    cifar10_vit,
+    imagenet,
+    stability_study,
+    beta_study,
+    delay_study,
+    architectures,
+  )
 ]
 _FILE = 'experiments/configs/{}.py:{}'
 VARIANTS = [
@@ -31,6 +46,9 @@ VARIANTS = [
   (imagenet, 'vit_base_patch16_224'),
   (imagenet, 'resnetrs101'),
   (imagenet, 'resnet50'),
+  (stability_study, 'cifar10'),
+  (beta_study, 'mnist'),
+  (architectures, 'cifar10'),
 ]
 
 

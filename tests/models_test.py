@@ -39,3 +39,26 @@ def test_every_kernel_of_the_cnn_is_found_in_order():
     (3136, 256),
     (256, 10),
   ]
+
+
+@pytest.mark.parametrize('name', ['gelu', 'relu', 'silu', 'tanh'])
+def test_activations_are_those_of_their_names(name):
+  x = jax.random.normal(jax.random.key(1), (3, 5))
+  model = models.Mlp(widths=(4,), num_classes=2, activation=name)
+  params = model.init(jax.random.key(0), x)['params']
+  dense = lambda p, x: x @ p['kernel'] + p['bias']
+  exact = {'gelu': lambda x: jax.nn.gelu(x, approximate=False)}
+  activate = (
+    exact.get(name) or getattr(jnp, name, None) or getattr(jax.nn, name)
+  )
+  expected = dense(params['head'], activate(dense(params['dense_0'], x)))
+  out = model.apply({'params': params}, x)
+  assert jnp.allclose(out, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize('make', [models.Mlp, models.MnistCnn, models.Vit])
+def test_unknown_activations_are_met_with_those_there_are(make):
+  with pytest.raises(
+    ValueError, match="activation='elu': must be one of gelu,"
+  ):
+    make(activation='elu')

@@ -61,7 +61,7 @@ def test_stability_study(tmp_path, capsys, monkeypatch):
   flags = (
     '--config.networks=mlp',
     '--config.activation=relu',
-    '--config.activations=tanh',
+    '--config.activations=relu',
     '--config.schedules=tiny',
     '--config.batch_sizes=16',
     '--config.track_every=2',
@@ -71,10 +71,9 @@ def test_stability_study(tmp_path, capsys, monkeypatch):
   names = [(r['activation'], r['schedule'], r['batch_size']) for r in rows]
   assert names == [
     ('relu', 'warmup', 16),
-    ('tanh', 'warmup', 16),
     ('relu', 'tiny', 16),
   ]
-  base, _, tiny = rows
+  base, tiny = rows
   # The control hardly moves, so that its bases cannot turn.
   assert tiny['change % late'] < 0.02 < base['change % late']
   assert tiny['lowest'] > 0.9999 and tiny['shows'] != 'yes'

@@ -358,6 +358,25 @@ def test_tracking_measures_every_chosen_layer():
     assert all(v >= 0 for v in record['r_distance'].values())
 
 
+def test_tracking_measures_what_else_is_asked_for():
+  def moved(old, new, layers):
+    kernel = lambda p, layer: oialr.tree.flatten(p)[layer.path]
+    sums = {x.path: jnp.sum(kernel(new, x) - kernel(old, x)) for x in layers}
+    return {'moved': sums}
+
+  result = fit(schedule=None, track_every=10, track_more=moved)
+  params = problem(Net())[0]
+  for path in ('first/kernel', 'second/kernel'):
+    before, after = (
+      oialr.tree.flatten(p)[path].sum() for p in (params, result.params)
+    )
+    steps = [r['moved'][path] for r in result.select('stability')]
+    assert len(steps) == 3 and all(steps)
+    assert sum(steps) == pytest.approx(float(after - before), abs=1e-4)
+  with pytest.raises(ValueError, match='track_more wants to know how often'):
+    fit(track_more=moved)
+
+
 def test_workdir_holds_metrics_events_and_a_checkpoint(tmp_path):
   result = fit(workdir=tmp_path)
   lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()

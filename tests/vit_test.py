@@ -181,6 +181,29 @@ def test_dropout_follows_both_layers_of_the_mlp():
   oracles.check_dropout(out, expected, 0.75)
 
 
+def test_the_activation_is_that_of_the_mlps():
+  x = oracles.images(2, 8, 8, 3)
+  outputs = {}
+  for name in ('gelu', 'relu'):
+    model = vit.Vit(
+      num_classes=4,
+      patch_size=4,
+      embed_dim=8,
+      depth=1,
+      num_heads=2,
+      activation=name,
+    )
+    variables = oracles.variables(model, x)
+    captured = oracles.captured(model, variables, x, False)
+    hidden = captured['blocks_0/mlp/fc1/__call__'][0]
+    fc2 = variables['params']['blocks_0']['mlp']['fc2']
+    activate = {'gelu': oracles.gelu, 'relu': lambda x: np.maximum(x, 0)}[name]
+    outputs[name] = captured['blocks_0/mlp/__call__'][0]
+    expected = activate(np.asarray(hidden)) @ fc2['kernel'] + fc2['bias']
+    np.testing.assert_allclose(outputs[name], expected, atol=1e-5)
+  assert np.any(np.abs(outputs['gelu'] - outputs['relu']) > 1e-3)
+
+
 def test_dropout_follows_the_projection_of_attention():
   x = oracles.images(100, 4, 12)
   attention = vit.Attention(3, True, nn.Dense, dropout=0.3)
