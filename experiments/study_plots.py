@@ -1,8 +1,10 @@
 """Pictures of the studies that compare OIALR with dense."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from matplotlib import figure as mpl
+from matplotlib import ticker
 import numpy as np
 
 from oialr_jax.report import drawing
@@ -12,46 +14,67 @@ Point = Mapping[str, tuple[float, float]]
 
 
 def compression(points: Mapping[float, Point], dense: Point) -> mpl.Figure:
-  """Accuracy over the trainable share, and both sizes over beta.
+  """Error over the trainable share, and both sizes over beta.
 
   Args:
-    points: by beta, 'validation %', 'test %', 'trainable %' and 'stored %'.
+    points: by beta, 'validation %', 'test %' (accuracies), 'trainable %' and
+      'stored %'.
     dense: likewise, drawn as a line in a band of its deviation.
   """
   whole = drawing.figure(6.0)
   above, below = whole.subplots(2, 1)
-  shown = {}
-  for i, key in enumerate(('test %', 'validation %')):
-    look = {'color': f'C{i}', 'marker': 'os'[i], 'markersize': 4}
-    x, dx = np.array([p['trainable %'] for p in points.values()]).T
-    y, dy = np.array([p[key] for p in points.values()]).T
-    shown[key.removesuffix(' %')] = above.errorbar(
-      x, y, dy, dx, capsize=2, linewidth=1, **look
-    )
-    mean, deviation = dense[key]
-    line = above.axhline(mean, linestyle='--', color=f'C{i}', linewidth=1)
-    above.axhspan(mean - deviation, mean + deviation, color=f'C{i}', alpha=0.12)
-    shown[f'dense, {key.removesuffix(" %")}'] = line
-  above.set_xscale('log')
-  above.xaxis.set_major_formatter(lambda x, _: f'{x:g}')
-  above.xaxis.set_minor_formatter('')
-  above.set_xlabel('trainable parameters, % of dense')
-  above.set_ylabel('accuracy, %')
-  above.set_title('Accuracy over compression (bars: deviation)', fontsize=11)
-  for key, marker in (('trainable %', 'o'), ('stored %', 's')):
-    y, dy = np.array([p[key] for p in points.values()]).T
-    look = {'color': 'C2', 'marker': marker, 'markersize': 4, 'linewidth': 1}
-    look['linestyle'] = '-' if key == 'trainable %' else ':'
-    shown[f'{key.removesuffix(" %")} parameters'] = below.errorbar(
-      list(points), y, dy, capsize=2, **look
-    )
-  below.set_xlabel('beta (cutoff of singular values)')
-  below.set_ylabel('parameters, % of dense')
-  below.set_ylim(bottom=0)
+  shown = _errors(above, points, dense) | _sizes(below, points)
+  above.set_title(
+    'Error over compression (bars, bands: deviation)', fontsize=11
+  )
   for axes in (above, below):
     axes.grid(alpha=0.3)
   drawing.legend(whole, shown)
   return whole
+
+
+def _errors(axes, points, dense) -> dict[str, Any]:
+  x, dx = np.array([p['trainable %'] for p in points.values()]).T
+  shown = {}
+  for i, key in enumerate(('test %', 'validation %')):
+    split, colour = key.removesuffix(' %'), f'C{i}'
+    y, dy = np.array([p[key] for p in points.values()]).T
+    look = dict(color=colour, marker='os'[i], markersize=4, linewidth=1)
+    shown[f'OIALR, {split} error'] = axes.errorbar(
+      x, 100 - y, dy, dx, capsize=2, **look
+    )
+    mean, deviation = dense[key]
+    shown[f'dense, {split} error'] = axes.axhline(
+      100 - mean, linestyle='--', color=colour, linewidth=1
+    )
+    band = 100 - mean - deviation, 100 - mean + deviation
+    axes.axhspan(*band, color=colour, alpha=0.12)
+  axes.set_xscale('log')
+  axes.set_yscale('log')
+  for axis in (axes.xaxis, axes.yaxis):
+    axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axis.set_minor_locator(ticker.NullLocator())
+    axis.set_major_formatter(lambda x, _: f'{x:g}')
+  axes.set_xlabel('trainable parameters, % of dense')
+  axes.set_ylabel('error, %')
+  return shown
+
+
+def _sizes(axes, points) -> dict[str, Any]:
+  shown = {}
+  for key, marker, style in (
+    ('trainable %', 'o', '-'),
+    ('stored %', 's', ':'),
+  ):
+    y, dy = np.array([p[key] for p in points.values()]).T
+    look = dict(color='C2', marker=marker, markersize=4, linestyle=style)
+    shown[f'{key.removesuffix(" %")} parameters'] = axes.errorbar(
+      list(points), y, dy, capsize=2, linewidth=1, **look
+    )
+  axes.set_xlabel('beta (cutoff of singular values)')
+  axes.set_ylabel('parameters, % of dense')
+  axes.set_ylim(bottom=0)
+  return shown
 
 
 def grids(
