@@ -122,19 +122,23 @@ def table(rows: Iterable[Row]) -> str:
 
 
 def table_of_types(rows: Iterable[Row]) -> str:
-  """By condition, from when on every type of layer stays above 0.95."""
-  key = f'from {turning.THRESHOLDS[0]}'
+  """By condition, of every type of layer: from when on it stays above 0.98,
+  and how much it turns late in the run, in units of chance."""
+  keys = {f'from {turning.THRESHOLDS[1]}': 2, 'turn / chance late': 2}
   types = list(dict.fromkeys(t for row in rows for t in row['types']))
-  lines = [[*_FACTORS, *(f'{t}, {key}' for t in types)]]
+  lines = [[*_FACTORS, *types]]
   for condition, group in measured.grouped(rows, _FACTORS).items():
     cells = [
-      _mean([row['types'][t] for row in group], key, 2)
+      '; '.join(
+        _mean([row['types'][t] for row in group], key, digits)
+        for key, digits in keys.items()
+      )
       if t in group[0]['types']
       else ''
       for t in types
     ]
     lines.append([*map(str, condition), *cells])
-  return tables.aligned(lines)
+  return f'By type: {"; ".join(keys)}\n{tables.aligned(lines)}'
 
 
 def baseline(rows: Iterable[Row]) -> str:

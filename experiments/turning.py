@@ -118,14 +118,10 @@ def summary(records: Records, steps: int) -> dict[str, Any]:
   found |= {'lowest': float(mean.min()), 'final': float(mean[-1])}
   parts = {'early': ends <= _EARLY * steps, 'late': ends > _LATE * steps}
   for name, at in parts.items():
-    moved = chance[:, at] < 1 - _ROUNDING
-    turned = (1 - stability[:, at][moved]) / (1 - chance[:, at][moved])
     mixed = distance[:, at] / (change * norm)[:, at]
     found |= {
       f'change % {name}': 100 * float(change[:, at].mean()),
-      f'turn / chance {name}': float(np.median(turned))
-      if moved.any()
-      else None,
+      f'turn / chance {name}': _against(stability[:, at], chance[:, at]),
       f'R-distance / change {name}': float(np.median(mixed)),
     }
   return found | {'shows': _verdict(found)}
@@ -134,21 +130,26 @@ def summary(records: Records, steps: int) -> dict[str, Any]:
 def by_type(
   records: Records, steps: int, types: Mapping[str, str]
 ) -> dict[str, dict[str, float | None]]:
-  """Of every type of layer, when its mean stability settles, and the last one.
+  """Of every type of layer, when its mean stability settles, and its turn.
 
   Args:
     records: of the run.
     steps: of the run.
     types: of the layers, by path.
   """
-  ends, paths, grid = series.grid(records, 'stability', 'stability')
-  found = {}
+  ends, paths, stability = series.grid(records, 'stability', 'stability')
+  chance = series.grid(records, 'stability', 'chance')[2]
+  late, found = ends > _LATE * steps, {}
   for name in dict.fromkeys(types[path] for path in paths):
-    mean = grid[[types[path] == name for path in paths]].mean(axis=0)
+    of = [types[path] == name for path in paths]
+    mean = stability[of].mean(axis=0)
     found[name] = {
-      f'from {x}': settled(ends, mean, steps, x) for x in THRESHOLDS
+      **{f'from {x}': settled(ends, mean, steps, x) for x in THRESHOLDS},
+      'final': float(mean[-1]),
+      'turn / chance late': _against(
+        stability[of][:, late], chance[of][:, late]
+      ),
     }
-    found[name]['final'] = float(mean[-1])
   return found
 
 
@@ -166,6 +167,14 @@ def between_random_bases(
   old, new = (oialr.basis({'w': w}, [layer])['w'] for w in draws)
   each = jax.vmap(lambda a, b: jnp.sum(a * b) / min(shape))(old, new)
   return float(each.mean()), float(each.std())
+
+
+def _against(stability: np.ndarray, chance: np.ndarray) -> float | None:
+  """The median of turn / chance, where there is more than rounding."""
+  moved = chance < 1 - _ROUNDING
+  if not moved.any():
+    return None
+  return float(np.median((1 - stability[moved]) / (1 - chance[moved])))
 
 
 def _verdict(found: Mapping[str, Any]) -> str:

@@ -148,12 +148,19 @@ def test_types_are_told_apart_and_summed_up():
     assert turning.kind(layer) == name
   assert turning.kind(CONV) == 'conv'
   many = [
-    {'kind': 'stability', 'step': step, 'stability': {'a': a, 'b': b, 'c': b}}
+    {
+      'kind': 'stability',
+      'step': step,
+      'stability': {'a': a, 'b': b, 'c': b},
+      'chance': dict.fromkeys('abc', 0.9),
+    }
     for step, a, b in ((10, 0.9, 0.99), (20, 0.96, 0.97))
   ]
   found = turning.by_type(many, 20, {'a': 'x', 'b': 'y', 'c': 'y'})
-  assert found['x'] == {'from 0.95': 0.5, 'from 0.98': None, 'final': 0.96}
-  assert found['y'] == {'from 0.95': 0, 'from 0.98': None, 'final': 0.97}
+  settled = {'from 0.95': 0.5, 'from 0.98': None, 'final': 0.96}
+  assert found['x'] == settled | {'turn / chance late': pytest.approx(0.4)}
+  settled = {'from 0.95': 0, 'from 0.98': None, 'final': 0.97}
+  assert found['y'] == settled | {'turn / chance late': pytest.approx(0.3)}
 
 
 def test_random_bases_have_nothing_in_common():
