@@ -43,10 +43,15 @@ _DATA_DIR = flags.DEFINE_string(
   'Folder of prepared TFDS sets, holding cifar10/VERSION/; by default '
   '$OIALR_DATA_DIR, else ~/tensorflow_datasets.',
 )
-_MODEL = flags.DEFINE_string(
-  'model', 'mini_vit', 'A model of ten classes, by its name in the registry.'
+_MODEL = flags.DEFINE_enum(
+  'model',
+  'mini_vit',
+  models.NAMES,
+  'A model of ten classes, by its name in the registry.',
 )
-_SPLIT = flags.DEFINE_string('split', 'train', 'Of CIFAR-10.')
+_SPLIT = flags.DEFINE_enum(
+  'split', 'train', ['train', 'test'], 'Of CIFAR-10: the images to train on.'
+)
 _BATCH = flags.DEFINE_integer('batch', 64, 'Examples a step.', lower_bound=2)
 _ROUNDS = flags.DEFINE_integer(
   'rounds', 9, 'How often every kind of step is timed.', lower_bound=1
@@ -55,7 +60,10 @@ _IMAGES = flags.DEFINE_integer(
   'images', 200, 'JPEGs that are decoded.', lower_bound=1
 )
 _WORKERS = flags.DEFINE_integer(
-  'workers', 2, 'Processes that decode in the last part; 0 leaves it out.'
+  'workers',
+  2,
+  'Processes that decode in the last part; 0 leaves it out.',
+  lower_bound=0,
 )
 _WORKDIR = flags.DEFINE_string(
   'workdir', 'runs/bench_data', 'Folder for result.json.'

@@ -23,6 +23,7 @@ from absl import flags
 import jax
 from safetensors import numpy as safetensors
 
+from experiments import ranges
 from experiments import tables
 import oialr_jax as oialr
 from oialr_jax import export
@@ -50,6 +51,9 @@ _ROUNDS = flags.DEFINE_integer(
 _WORKDIR = flags.DEFINE_string(
   'workdir', 'runs/bench_export', 'Folder for the files and result.json.'
 )
+
+ranges.check('ranks', float, 1e-6, 1.0)
+ranges.check('batches', int, 1, float('inf'))
 
 
 @dataclasses.dataclass

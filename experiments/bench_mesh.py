@@ -33,15 +33,21 @@ from oialr_jax import models
 from oialr_jax import sharding
 from oialr_jax import training
 
-_MODEL = flags.DEFINE_string(
-  'model', 'mini_vit', 'A model by its name in the registry.'
+_MODEL = flags.DEFINE_enum(
+  'model', 'mini_vit', models.NAMES, 'A model by its name in the registry.'
 )
-_DEVICES = flags.DEFINE_integer('devices', 8, 'How many.', lower_bound=2)
+_DEVICES = flags.DEFINE_integer(
+  'devices', 8, 'How many virtual CPU devices.', lower_bound=2
+)
 _BATCH = flags.DEFINE_integer(
   'batch', 64, 'Examples a step, on all devices together.', lower_bound=2
 )
 _SHARES = flags.DEFINE_multi_float(
-  'shares', [0.16, 0.05], 'Shares of the parameters that train.'
+  'shares',
+  [0.16, 0.05],
+  'Share of the parameters that train, at most 1',
+  lower_bound=1e-6,
+  upper_bound=1.0,
 )
 _WORKDIR = flags.DEFINE_string(
   'workdir', 'runs/bench_mesh', 'Folder for result.json.'

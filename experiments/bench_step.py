@@ -28,6 +28,7 @@ from matplotlib import figure as mpl
 import optax
 
 from experiments import problems
+from experiments import ranges
 from experiments import tables
 import oialr_jax as oialr
 from oialr_jax import models
@@ -58,6 +59,8 @@ _STEPS = flags.DEFINE_integer(
 _WORKDIR = flags.DEFINE_string(
   'workdir', 'runs/bench_step', 'Folder for result.json and step_time.png.'
 )
+
+ranges.check('ranks', float, 1e-6, 1.0)
 
 WAYS = {'factors': 'auto', 'multiplied out': 'materialise'}
 

@@ -204,7 +204,8 @@ def select(
       f'none of the {len(layers)} layers is selected: keep_first='
       f'{keep_first}, keep_last={keep_last}, include={include!r}, '
       f'exclude={exclude!r}, min_rank={min_rank}, max_aspect={max_aspect}; '
-      'loosen one of these.'
+      'loosen one of these (`Schedule` has keep_first and keep_last). `explain` '
+      'says why other kernels are no layers.'
     )
   return chosen
 

@@ -281,7 +281,10 @@ def test_select_by_rank_and_aspect():
     ({'min_rank': 0}, 'min_rank=0: must be at least 1'),
     ({'max_aspect': 1}, 'max_aspect=1: must be greater than 1'),
     ({'max_aspect': 0.5}, 'max_aspect=0.5: must be greater than 1'),
-    ({'include': 'x'}, r"none of the 4 layers is selected: .*include='x'"),
+    (
+      {'include': 'x'},
+      r"none of the 4 layers is selected: .*include='x'.*`explain`",
+    ),
     ({'min_rank': 65}, 'none of the 4 layers is selected: .*min_rank=65'),
     ({'max_aspect': 1.01, 'min_rank': 65}, 'selected: .*max_aspect=1.01'),
   ],
