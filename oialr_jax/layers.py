@@ -44,6 +44,8 @@ class Layer:
       convolution, or what `split` asked for.
     multiplied_out: why `factored` multiplies the kernel out, at whatever rank;
       empty where it does not.
+    before_head: it is the last one, but a matrix without rank, such as a head
+      of one output, is used behind it.
 
   Raises:
     ValueError: the columns do not fall into so many blocks.
@@ -59,6 +61,7 @@ class Layer:
   order: int = 0
   blocks: int = 1
   multiplied_out: str = ''
+  before_head: bool = False
 
   def __post_init__(self):
     cut = math.prod(self._cuts().values())
@@ -170,7 +173,8 @@ def select(
     layers: from `find_layers`, all of them: first and last are decided before
       anything else is filtered, so that a small head is still the last layer.
     keep_first: keep the first layer full-rank.
-    keep_last: keep the last layer full-rank (the published runs do).
+    keep_last: keep the last layer full-rank (the published runs do). A head of
+      one output has no rank and is the last one all the same.
     include: a regular expression that a path must match (`re.search`).
     exclude: one that it must not.
     min_rank: the least min(m, n) worth factoring.
@@ -190,7 +194,8 @@ def select(
   wanted = tree.pattern('include', include)
   unwanted = tree.pattern('exclude', exclude)
   ordered = sorted(layers, key=lambda layer: layer.order)
-  kept = ordered[int(keep_first) : len(ordered) - int(keep_last)]
+  drop_last = keep_last and not ordered[-1].before_head
+  kept = ordered[int(keep_first) : len(ordered) - int(drop_last)]
   chosen = tuple(
     layer
     for layer in kept
@@ -361,17 +366,23 @@ def read(
   reader = _Reader()
   for out in reader.read(jaxpr, operands):
     reader.other(out, 'it is returned as it is')
-  found, reasons = {}, {}
+  matrices, reasons = {}, {}
   for path, leaf in shapes.items():
     if getattr(leaf, 'ndim', 0) < 2:
       continue
     layer = _judge(path, leaf, reader.uses.get(path, []))
     if isinstance(layer, str):
       reasons[path] = layer
-    else:
-      found[path] = layer
-  ordered = [found[path] for path in reader.uses if path in found]
-  layers = (dataclasses.replace(x, order=i) for i, x in enumerate(ordered))
+      continue
+    if layer.max_rank < 2:
+      reasons[path] = _without_rank(layer)
+    if layer.max_rank > 1 or layer.blocks == 1:
+      matrices[path] = layer
+  used = [matrices[path] for path in reader.uses if path in matrices]
+  ordered = [x for x in used if x.max_rank > 1]
+  layers = [dataclasses.replace(x, order=i) for i, x in enumerate(ordered)]
+  if ordered and used[-1] is not ordered[-1]:
+    layers[-1] = dataclasses.replace(layers[-1], before_head=True)
   return tuple(layers), reasons
 
 
@@ -393,7 +404,7 @@ def _judge(path: str, leaf: Any, uses: list[_Use]) -> Layer | str:
   axes = lambda role: tuple(
     a for a in range(leaf.ndim) if uses[0].roles.get(a, 'row') == role
   )
-  layer = Layer(
+  return Layer(
     path,
     tuple(leaf.shape),
     axes('row'),
@@ -404,11 +415,12 @@ def _judge(path: str, leaf: Any, uses: list[_Use]) -> Layer | str:
     blocks=uses[0].blocks,
     multiplied_out=next((u.within for u in uses if u.within), ''),
   )
-  if layer.max_rank < 2:
-    m, n = layer.matrix
-    grouped = f' in each of {layer.blocks} groups' if layer.blocks > 1 else ''
-    return f'a matrix of {m} x {n}{grouped} has no rank'
-  return layer
+
+
+def _without_rank(layer: Layer) -> str:
+  m, n = layer.matrix
+  grouped = f' in each of {layer.blocks} groups' if layer.blocks > 1 else ''
+  return f'a matrix of {m} x {n}{grouped} has no rank'
 
 
 class _Reader:

@@ -248,6 +248,21 @@ def test_select_decides_on_first_and_last_before_it_filters():
   ]
 
 
+def test_a_head_of_one_output_is_the_last_layer():
+  def value(params, x):
+    return jnp.tanh(jnp.tanh(x @ params['a']) @ params['b']) @ params['head']
+
+  shapes = {'a': (8, 16), 'b': (16, 12), 'head': (12, 1)}
+  params = {k: jnp.ones(shape) for k, shape in shapes.items()}
+  found = oialr.find_layers(value, params, jnp.ones((4, 8)))
+  assert [layer.path for layer in found] == ['a', 'b']
+  assert _selected(found, keep_last=True) == ['a', 'b']
+  # Without it, b is the last one.
+  headless = lambda params, x: jnp.tanh(x @ params['a']) @ params['b']
+  found = oialr.find_layers(headless, params, jnp.ones((4, 8)))
+  assert _selected(found, keep_last=True) == ['a']
+
+
 def test_select_goes_by_the_order_of_use():
   shuffled = [_LAYERS[i] for i in (2, 3, 0, 1)]
   assert _selected(shuffled, keep_first=True, keep_last=True) == [

@@ -1395,6 +1395,10 @@ def not_matrices():
       'chosen': 'returned by a branch',
       'unused': 'not used by the function',
     },
-    [dot('mixed', (8, 12), (0,), (1,), 5)],
+    [
+      dataclasses.replace(
+        dot('mixed', (8, 12), (0,), (1,), 5), before_head=True
+      )
+    ],
     low_rank,
   )
