@@ -32,7 +32,11 @@ Row = rows_lib.Row
 _KEYS = ('depth', 'learning_rate', 'delay')
 _GRID = ('depths', 'learning_rates', 'delays', 'seeds')
 _COLUMNS = ('validation %', 'test %', 'trainable %', 'stored %')
-_DRAWN = ('validation %', 'test %', 'trainable %')
+_DRAWN = {
+  'validation %': 'validation accuracy, %',
+  'test %': 'test accuracy, %',
+  'trainable %': 'trainable, % of dense',
+}
 
 
 def main(config: Config, options: cli.Options):
@@ -121,18 +125,18 @@ def _draw(options: cli.Options, rows: Iterable[Row]):
   groups = measured.grouped(rows, _KEYS)
   # By quantity and depth, the means by learning rate and delay.
   maps = {
-    (quantity, f'{depth} hidden layers'): {
+    (label, f'{depth} hidden layers'): {
       (f'{rate:g}', _name(delay)): measured.moments(group, quantity)[0]
       for (d, rate, delay), group in groups.items()
-      if d == depth
+      if d == depth and (delay is not None or quantity != 'trainable %')
     }
-    for quantity in _DRAWN
+    for quantity, label in _DRAWN.items()
     for depth in dict.fromkeys(key[0] for key in groups)
   }
   file = options.workdir / 'delay.png'
-  study_plots.grids(maps, rows='learning rate', columns='delay').savefig(
-    file, dpi=150
-  )
+  study_plots.grids(
+    maps, rows='learning rate', columns='delay, as a share of the run'
+  ).savefig(file, dpi=150)
   print(f'\n{file}')
 
 

@@ -101,7 +101,7 @@ def grids(
     limits = dict(vmin=np.quantile(values, 0.1), vmax=max(values))
     for one, panel in zip(line, panels):
       mesh = _grid(one, maps[quantity, panel], limits)
-      one.set_title(f'{quantity}, {panel}', fontsize=9)
+      one.set_title(panel, fontsize=9)
     line[0].set_ylabel(rows, fontsize=9)
     whole.colorbar(mesh, ax=list(line), label=quantity, extend='min')
   for one in axes[-1]:

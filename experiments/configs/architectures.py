@@ -2,7 +2,8 @@
 
 Paper row: none; its networks are ViTs, ResNet-RS and Autoformer.
 Command: python -m experiments.architectures
-Hardware and minutes: any CPU; about 15 minutes on 2 cores.
+Hardware and minutes: any CPU; some minutes on 2 cores, not measured
+on a quiet machine.
 Expected: OIALR within the deviation of dense, with a fraction of the trainable
 parameters. See BUILD_NOTES.md for what was measured.
 
