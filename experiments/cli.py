@@ -37,6 +37,7 @@ class Options:
     resume: go on with what workdir holds.
     checkpoint_every: steps between checkpoints; None for those at ends alone.
     max_seconds: after which to save and stop, from `started` on.
+    probe: say how much every event changes the loss of the next batch.
     started: on the clock of `time.monotonic`.
   """
 
@@ -46,6 +47,7 @@ class Options:
   resume: bool = False
   checkpoint_every: int | None = None
   max_seconds: float | None = None
+  probe: bool = False
   started: float = dataclasses.field(default_factory=time.monotonic)
 
   def fit(self) -> dict[str, Any]:
@@ -57,6 +59,7 @@ class Options:
       resume=self.resume,
       checkpoint_every=self.checkpoint_every,
       max_seconds=left,
+      probe=self.probe,
     )
 
 
@@ -147,6 +150,7 @@ def _checked(
     resume=values.resume,
     checkpoint_every=values.checkpoint_every,
     max_seconds=values.max_seconds,
+    probe=values.probe,
   )
 
 
@@ -236,6 +240,13 @@ def _define(binary: Binary, values: flags.FlagValues, argv: Sequence[str]):
     'Seconds after which to save and stop, of all runs together; by default no '
     'limit.',
     lower_bound=0.0,
+  )
+  define(
+    flags.DEFINE_bool,
+    'probe',
+    False,
+    'Say of every event how much it changes the loss of the next batch, for '
+    'which the loss is compiled anew whenever shapes have changed.',
   )
   define(
     flags.DEFINE_string,

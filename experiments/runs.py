@@ -37,6 +37,22 @@ BASELINES: Mapping[str, type[methods.Method]] = {
 METHODS = ('dense', *_POLICIES, *BASELINES)
 
 
+def oialr_section(**changes: Any) -> dict[str, Any]:
+  """The section 'oialr' of a configuration: every attribute of the schedule.
+
+  Args:
+    **changes: what is otherwise than by default.
+  """
+  found = {}
+  for field in dataclasses.fields(oialr.Schedule):
+    if field.name not in ('steps', 'policy'):  # of the run, and of the method
+      value = changes.pop(field.name, field.default)
+      several = value is None or field.name in ('delay', 'latest', 'rank')
+      found[field.name] = settings.either(value) if several else value
+  settings.check_names(changes, found, 'oialr')
+  return found
+
+
 def sections(**changes: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
   """The sections of `BASELINES` for a configuration.
 

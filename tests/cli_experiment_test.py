@@ -90,6 +90,7 @@ def test_flags_and_settings_are_set():
     '--resume',
     '--checkpoint_every=7',
     '--max_seconds=60',
+    '--probe',
     '--config.steps=80',
     '--config.oialr.delay=20',
     '--config.oialr.every=9',
@@ -100,7 +101,7 @@ def test_flags_and_settings_are_set():
   assert config.oialr.delay == 20 and isinstance(config.oialr.delay, int)
   assert parse('--config.oialr.delay=0.5')[0].oialr.delay == 0.5
   fit = options.fit()
-  assert fit['resume'] and fit['checkpoint_every'] == 7
+  assert fit['resume'] and fit['probe'] and fit['checkpoint_every'] == 7
   assert 0 < fit['max_seconds'] <= 60
 
 

@@ -78,8 +78,8 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
         label_smoothing=0.1,
       ),
       compaction=dict(min_saving=0.1, background=True, reproducible=False),
-      oialr=dict(
-        delay=settings.either(2500),  # steps, or a share of the run
+      oialr=runs.oialr_section(
+        delay=2500,  # steps, or a share of the run
         every=500,
         cutoff=0.15,
         progressive=0.1,

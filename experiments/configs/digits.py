@@ -8,7 +8,6 @@ Expected: OIALR at most 0.5 points below dense with at most 20 % trainable.
 import ml_collections
 
 from experiments import runs
-from experiments import settings
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -27,8 +26,8 @@ def get_config() -> ml_collections.ConfigDict:
       label_smoothing=0.0,
       track_every=60,
       compaction=dict(min_saving=0.25, background=True, reproducible=False),
-      oialr=dict(
-        delay=settings.either(1 / 3),  # steps, or a share of the run
+      oialr=runs.oialr_section(
+        delay=1 / 3,  # steps, or a share of the run
         every=60,
         cutoff=0.4,
         progressive=0.5,

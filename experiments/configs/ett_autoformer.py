@@ -54,8 +54,8 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
         dropout=0.05,
       ),
       compaction=dict(min_saving=0.1, background=True, reproducible=False),
-      oialr=dict(
-        delay=settings.either(0.05),  # steps, or a share of the run
+      oialr=runs.oialr_section(
+        delay=0.05,  # steps, or a share of the run
         every=250,
         cutoff=0.2,
         progressive=0.1,

@@ -86,8 +86,8 @@ def get_config(
         label_smoothing=0.1,
       ),
       compaction=dict(min_saving=0.1, background=True, reproducible=False),
-      oialr=dict(
-        delay=settings.either(1 / 3),  # steps, or a share of the run
+      oialr=runs.oialr_section(
+        delay=1 / 3,  # steps, or a share of the run
         every=1000,
         cutoff=0.15,
         progressive=0.1,

@@ -11,7 +11,6 @@ Expected: dense at least 99.0 %, OIALR within 0.2 points of it with at most
 import ml_collections
 
 from experiments import runs
-from experiments import settings
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -29,8 +28,8 @@ def get_config() -> ml_collections.ConfigDict:
       label_smoothing=0.0,
       track_every=210,
       compaction=dict(min_saving=0.1, background=True, reproducible=False),
-      oialr=dict(
-        delay=settings.either(1 / 3),  # steps, or a share of the run
+      oialr=runs.oialr_section(
+        delay=1 / 3,  # steps, or a share of the run
         every=210,
         cutoff=0.25,
         progressive=1.0,
