@@ -209,23 +209,6 @@ def test_augmented_bases_hold_the_old_and_the_new():
       np.testing.assert_allclose(inside, columns, atol=2e-6)
 
 
-def test_gradients_of_k_and_l_are_those_of_the_kernel_projected():
-  params, loss, batch, layers = network()
-  low = oialr.to_lowrank(params, layers, rank=3)
-  args = {'calls': jnp.zeros(())}, batch, KEY
-  more = dlrt._directions(oialr.factored(loss), low, args)
-  grads = jax.grad(lambda p: loss(p, *args)[0])(oialr.to_dense(low))
-  by_path = {x.path: x for x in layers}
-  for path, u, _, v in bases(low):
-    g = float64(by_path[path].view.to_matrix(grads[path]))
-    left, right = map(float64, more[path])
-    np.testing.assert_allclose(left.reshape(u.shape), g @ v, atol=1e-6)
-    expected = np.swapaxes(u, -1, -2) @ g
-    np.testing.assert_allclose(
-      right.reshape(expected.shape), expected, atol=1e-6
-    )
-
-
 def test_directions_without_a_gradient_do_no_harm():
   """A kernel that the loss does not see keeps its bases and its rank."""
   params = {
@@ -371,13 +354,11 @@ def test_errors_name_the_value(make, message):
 @pytest.mark.parametrize(
   'options',
   [
-    dict(remat=True, contraction='materialise'),
     dict(
       remat=jax.checkpoint_policies.nothing_saveable,
       gather=lambda params: params,
     ),
   ],
-  ids=['remat', 'policy'],
 )
 def test_options_of_the_step_change_no_result(options):
   params, _, batch, layers = network()
