@@ -4,8 +4,9 @@ Paper row: none; its networks are ViTs, ResNet-RS and Autoformer.
 Command: python -m experiments.architectures
 Hardware and minutes: any CPU; some minutes on 2 cores, not measured
 on a quiet machine.
-Expected: OIALR within the deviation of dense, with a fraction of the trainable
-parameters. See BUILD_NOTES.md for what was measured.
+Expected: dense and OIALR in test accuracy 95.8 and 95.6 % (Mixer), 96.2 and
+96.4 % (ConvNeXt), 98.2 and 97.3 % (ResNet), 3.10 and 3.25 bits a character
+(language model), with 28, 10, 14 and 34 % trainable; of seed 0 alone.
 
 Images are the digits, every pixel as 2 x 2; the text is the source of Python's
 standard library. The variant `cifar10` has CIFAR-10 and networks of eight times
