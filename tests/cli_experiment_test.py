@@ -73,7 +73,8 @@ def test_defaults_are_right_and_every_setting_is_described(binary):
     known = settings.SECTIONS if key in settings.SECTIONS else settings.SETTINGS
     assert key in known and key in described
     if key in settings.SECTIONS:
-      assert all(f'{key}.{name} = ' in described for name in value)
+      names = settings.flat(value)
+      assert all(f'{key}.{name} = ' in described for name in names)
 
 
 @pytest.mark.parametrize('module, variant', VARIANTS)

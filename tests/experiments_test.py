@@ -71,6 +71,7 @@ def test_digits_go_on_after_an_interruption(tmp_path):
     '--config.steps=20',
     '--config.warmup=5',
     '--config.oialr.every=100',  # what compiles takes the time
+    '--config.svd_prune.rank=4',
   ]
   with pytest.raises(training.Interrupted):
     call(digits, *flags, '--max_seconds=0')
