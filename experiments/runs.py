@@ -90,6 +90,8 @@ def arguments(method: str, config: Config, steps: int) -> dict[str, Any]:
   Raises:
     ValueError: there is no such method, or a section is not right.
   """
+  if method == 'dense':
+    return {}
   if method == 'dlrt':
     dlrt.check_accumulate(config.get('accumulate', 1))
   found = _method(method, config).arguments(_schedule(method, config, steps))

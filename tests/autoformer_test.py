@@ -281,9 +281,11 @@ def test_attention_in_factors_is_that_of_the_dense_kernels():
     both = oracles.quick_jit(jax.value_and_grad(by_sigma, (0, 1)))
     return both(oialr.trainable(params), x)
 
+  # Biases of queries and keys have no gradient: what there is of it is the
+  # rounding of terms whose sums are up to 1.6 elsewhere.
   expected = gradients(lambda params, x: loss(oialr.to_dense(params), x))
   jax.tree.map(
-    lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6),
+    lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=4e-6),
     gradients(oialr.factored(loss)),
     expected,
   )

@@ -99,6 +99,14 @@ EVALUATION = {
       event(300, before=64, after=64, truncation={}, change=None),
       'step    300  update: 45 of 75 layers updated, rank 64 (63-64), 0.84 s',
     ),
+    (
+      {
+        **{'kind': 'conversion', 'step': 9, 'seconds': 0.5},
+        **{'ranks': {'a': 4, 'b': 8}, 'truncation': {'a': 0.25, 'b': 0.0}},
+      },
+      'step      9  conversion: 2 layers of rank 6 (4-8), truncation <= 25%, '
+      '0.5 s',
+    ),
     (COMPACTION, 'step    300  compaction: stored 1,900 -> 900 numbers'),
     (EVALUATION, 'step    400  evaluation: accuracy 0.9822, loss 0.2500'),
     (

@@ -139,7 +139,7 @@ def _one(name: str, records: Records) -> Iterator[str]:
   if layers:
     yield '<h3>Layers</h3>'
     yield tables.table(layers, 'layers')
-  kinds = 'event', 'compaction', 'rollback'
+  kinds = 'event', 'conversion', 'compaction', 'rollback'
   events = [rows.event(r) for r in records if r['kind'] in kinds]
   if events:
     yield '<h3>Events</h3>'

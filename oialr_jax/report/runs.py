@@ -240,6 +240,8 @@ _TYPES: dict[tuple[str, str], Callable[[Any], Any]] = {
   ('event', 'truncation'): _by_name(number),
   ('event', 'drift'): _by_name(number),
   ('event', 'stability'): _by_name(number),
+  ('conversion', 'ranks'): _by_name(number),
+  ('conversion', 'truncation'): _by_name(number),
   ('end', 'seconds'): _by_name(number),
   ('rollback', 'reason'): _text_only,
 }

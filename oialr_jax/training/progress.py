@@ -132,6 +132,7 @@ def describe(record: Record) -> str:
   about = {
     'eval': _evaluation,
     'event': _event,
+    'conversion': _conversion,
     'compaction': _compaction,
     'rollback': lambda record: ('rollback', [record['reason']]),
   }
@@ -224,6 +225,14 @@ def _event(record: Record) -> tuple[str, list[str]]:
   if record.get('change') is not None:
     parts.append(f'loss moved {_percent(record["change"])}')
   return record['event'], parts
+
+
+def _conversion(record: Record) -> tuple[str, list[str]]:
+  ranks, lost = record['ranks'], max(record['truncation'].values(), default=0)
+  parts = [f'{len(ranks)} layers of rank {spread(ranks.values())}']
+  if lost:
+    parts.append(f'truncation <= {_percent(lost)}')
+  return 'conversion', parts
 
 
 def _compaction(record: Record) -> tuple[str, list[str]]:
