@@ -60,7 +60,7 @@ def load(config: Config, options: cli.Options) -> Images:
   order = np.random.default_rng(_SPLIT_SEED).permutation(len(train))
   held_out = round(config.val_share * len(train))
   rest = order[held_out:][: config.examples]
-  found = _part(train, rest), _part(train, order[:held_out]), test
+  found = train.part(rest), train.part(order[:held_out]), test
   return Images(*(_upscaled(split, config.upscale) for split in found))
 
 
@@ -118,12 +118,6 @@ def _weighted(
       weights = {n: np.zeros(count, np.float32) for n in splits}
       weights[name] += total / len(split)
       yield batch | {'weights': weights}
-
-
-def _part(split: data.Split, index: np.ndarray) -> data.Split:
-  return dataclasses.replace(
-    split, image=split.image[index], label=split.label[index]
-  )
 
 
 def _upscaled(split: data.Split, factor: int) -> data.Split:

@@ -6,6 +6,7 @@ from typing import Any
 
 from experiments import rows as rows_lib
 from experiments import runs
+from experiments import tables
 from oialr_jax import training
 
 Row = rows_lib.Row
@@ -43,7 +44,4 @@ def moments(rows: Sequence[Row], key: str) -> tuple[float, float]:
 
 def cell(rows: Sequence[Row], key: str, digits: int) -> str:
   """Mean +- deviation of a number, for a table."""
-  mean, deviation = moments(rows, key)
-  if len(rows) == 1:
-    return f'{mean:.{digits}f}'
-  return f'{mean:.{digits}f} +- {deviation:.{digits}f}'
+  return tables.spread([each[key] for each in rows], digits)

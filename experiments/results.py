@@ -88,6 +88,4 @@ def _cell(values: list[float | None]) -> str:
   mean = statistics.fmean(values)
   # Four significant digits, of the mean and of the deviation likewise.
   digits = max(0, 3 - math.floor(math.log10(abs(mean)))) if mean else 0
-  if len(values) == 1:
-    return f'{mean:.{digits}f}'
-  return f'{mean:.{digits}f} +- {statistics.stdev(values):.{digits}f}'
+  return tables.spread(values, digits)

@@ -108,10 +108,9 @@ class Problem:
       random_state=seed,
       stratify=self.train.label,
     )
-    part = lambda index: dataclasses.replace(
-      self.train, image=self.train.image[index], label=self.train.label[index]
+    return Problem(
+      self.binary, self.train.part(train), self.train.part(validation)
     )
-    return Problem(self.binary, part(train), part(validation))
 
   def steps(self, config: Config) -> int:
     """Of a run."""
@@ -602,19 +601,12 @@ def _test_table(
       [
         f'{name} (trial {chosen[name].number})',
         f'{100 * chosen[name].values[0]:.2f}',
-        _mean([100 * x for x in accuracy], 2),
-        _mean(trainable, 2),
+        tables.spread([100 * x for x in accuracy], 2),
+        tables.spread(trainable, 2),
         str(len(found)),
       ]
     )
   return tables.aligned(lines)
-
-
-def _mean(values: Sequence[float], digits: int) -> str:
-  mean = f'{statistics.fmean(values):.{digits}f}'
-  if len(values) == 1:
-    return mean
-  return f'{mean} +- {statistics.stdev(values):.{digits}f}'
 
 
 def _save(

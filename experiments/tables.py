@@ -1,6 +1,15 @@
 """Tables that the binaries print."""
 
 from collections.abc import Sequence
+import statistics
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+  """Mean +- deviation, of one value alone the value."""
+  mean = f'{statistics.fmean(values):.{digits}f}'
+  if len(values) == 1:
+    return mean
+  return f'{mean} +- {statistics.stdev(values):.{digits}f}'
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import oialr_jax as oialr
+from oialr_jax import tree
 from oialr_jax.report import series
 
 Array = jax.Array
@@ -189,10 +190,9 @@ def _verdict(found: Mapping[str, Any]) -> str:
 
 
 def _kernels(params: PyTree, layers: Sequence[oialr.Layer]) -> dict[str, Array]:
+  leaves = tree.flatten(params)
   paths = {layer.path for layer in layers}
-  name = functools.partial(jax.tree_util.keystr, simple=True, separator='/')
-  leaves = jax.tree_util.tree_leaves_with_path(params)
-  return {name(p): x for p, x in leaves if name(p) in paths}
+  return {path: x for path, x in leaves.items() if path in paths}
 
 
 def _direction(key: Array, shape: tuple[int, ...]) -> Array:

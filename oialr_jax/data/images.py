@@ -50,6 +50,12 @@ class Split:
       image = image.astype(np.float32) / self.white
     return {'image': image, 'label': self.label[index]}
 
+  def part(self, index: np.ndarray) -> 'Split':
+    """These examples alone."""
+    return dataclasses.replace(
+      self, image=self.image[index], label=self.label[index]
+    )
+
   def on_device(self) -> 'Split':
     """The same examples on the default device, where batches then are made."""
     image, label = jax.device_put((self.image, self.label))

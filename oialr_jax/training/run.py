@@ -342,11 +342,10 @@ class Run:
     )
 
   def _to_conversion(self) -> tuple[Hashable, programs_lib.Lower]:
-    convert = self._convert()
-    state, _ = jax.eval_shape(convert, self.state)
-    out = self._shardings(state), self._place.replicated
-
     def lower():
+      convert = self._convert()
+      state, _ = jax.eval_shape(convert, self.state)
+      out = self._shardings(state), self._place.replicated
       with self._spread():
         return jax.jit(convert, out_shardings=out).lower(
           self._shapes(self.state)
