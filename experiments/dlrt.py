@@ -45,7 +45,7 @@ class Dlrt(methods.Method):
 
   Attributes:
     tau: the share of ||S||_F that a step may cut off.
-    rank: the largest, with which it begins.
+    rank: the largest, with which it begins, a number or a share of min(m, n).
 
   Raises:
     ValueError: a value is out of range.

@@ -33,7 +33,7 @@ class Lora(methods.Method):
   Biases, norms and the layers that OIALR leaves alone train as they do there.
 
   Attributes:
-    rank: of A B.
+    rank: of A B, a number or a share of min(m, n).
     scale: s, alpha / r of the paper.
     delay: the step from which W is frozen, or a share of the run; by default
       that of OIALR's transition. 0 leaves W what it is initialised to.

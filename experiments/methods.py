@@ -98,7 +98,7 @@ class FixedRank(Method):
   As by OIALR, bases are updated every so often, but nothing is pruned.
 
   Attributes:
-    rank: of every layer.
+    rank: of every layer, a number or a share of min(m, n).
   """
 
   rank: Rank = 0.5
@@ -116,7 +116,7 @@ class SvdPrune(Method):
   """Low-rank pruning: dense training, one truncated SVD, then A and B train.
 
   Attributes:
-    rank: of every layer.
+    rank: of every layer, a number or a share of min(m, n).
   """
 
   rank: Rank = 0.07
@@ -136,7 +136,7 @@ class SvdInit(Method):
   The spectral initialisation of arXiv 2105.01029.
 
   Attributes:
-    rank: of every layer.
+    rank: of every layer, a number or a share of min(m, n).
   """
 
   rank: Rank = 0.07
@@ -157,7 +157,7 @@ class Galore(Method):
   matrices: those, and what is no kernel of a layer, Adam trains.
 
   Attributes:
-    rank: of the projections.
+    rank: of the projections, a number or a share of min(m, n).
     every: steps between projections.
     scale: of the updates, alpha of the paper.
 
@@ -248,7 +248,7 @@ def compress(params: PyTree, layers: Layers, rank: Rank) -> PyTree:
   Args:
     params: dense parameters.
     layers: whose kernels are compressed.
-    rank: of every layer.
+    rank: of every layer, a number or a share of min(m, n).
   """
   low = oialr.to_lowrank(params, layers, rank=ranks(layers, rank))
   is_factors = lambda x: isinstance(x, oialr.Factors)

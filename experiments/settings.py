@@ -8,8 +8,10 @@ before anything is loaded, by `check` and by what a binary checks besides.
 from collections.abc import Callable, Mapping
 import dataclasses
 import difflib
+import pkgutil
 from typing import Any, TypeVar
 
+import docstring_parser
 import ml_collections
 
 Config = ml_collections.ConfigDict
@@ -115,20 +117,25 @@ SETTINGS: Mapping[str, tuple[str, str]] = {
     'at least 0',
   ),
 }
-SECTIONS: Mapping[str, str] = {
-  'augmentation': 'of training images, see oialr_jax.data.Augmentation',
-  'base': 'of the binary whose settings are searched, of a trial without change',
-  'compaction': 'when ranks are sliced, see oialr_jax.training.Compaction',
-  'model': 'its name and attributes, see oialr_jax.models',
-  'models': 'names and attributes of several, see oialr_jax.models',
-  'oialr': 'of the method, see oialr_jax.Schedule',
-  'fixed_rank': 'of that method, see experiments.methods.FixedRank',
-  'svd_prune': 'of that method, see experiments.methods.SvdPrune',
-  'svd_init': 'of that method, see experiments.methods.SvdInit',
-  'galore': 'of that method, see experiments.methods.Galore',
-  'lora_style': 'of that method, see experiments.lora.Lora',
-  'dlrt': 'of that method, see experiments.dlrt.Dlrt',
-  'space': 'least and largest values to try, see experiments.search',
+# Of every section: what it is, and the class whose attributes it gives, if it
+# is one, which says what they are.
+SECTIONS: Mapping[str, tuple[str, str | None]] = {
+  'augmentation': ('of training images', 'oialr_jax.data.Augmentation'),
+  'base': (
+    'of the binary whose settings are searched, of a trial without change',
+    None,
+  ),
+  'compaction': ('when ranks are sliced', 'oialr_jax.training.Compaction'),
+  'model': ('its name and attributes, see oialr_jax.models', None),
+  'models': ('names and attributes of several, see oialr_jax.models', None),
+  'oialr': ('of the method', 'oialr_jax.Schedule'),
+  'fixed_rank': ('of that method', 'experiments.methods.FixedRank'),
+  'svd_prune': ('of that method', 'experiments.methods.SvdPrune'),
+  'svd_init': ('of that method', 'experiments.methods.SvdInit'),
+  'galore': ('of that method', 'experiments.methods.Galore'),
+  'lora_style': ('of that method', 'experiments.lora.Lora'),
+  'dlrt': ('of that method', 'experiments.dlrt.Dlrt'),
+  'space': ('least and largest values to try, see experiments.search', None),
 }
 
 
@@ -150,8 +157,12 @@ def describe(config: Config) -> str:
   lines = []
   for key, value in config.items():
     if key in SECTIONS:
-      lines.append(f'{key}.*: {SECTIONS[key]}')
-      lines += [f'{key}.{k} = {_shown(v)}' for k, v in flat(value).items()]
+      text, made = SECTIONS[key]
+      lines.append(f'{key}.*: {text}' + (f', see {made}' if made else ''))
+      said = _attributes(made) if made else {}
+      for k, v in flat(value).items():
+        end = f': {said[k]}' if k in said else ''
+        lines.append(f'{key}.{k} = {_shown(v)}{end}')
     else:
       lines.append(f'{key} = {_shown(value)}: {SETTINGS[key][0]}')
   return '\n'.join(lines)
@@ -233,6 +244,15 @@ def split_tuples(config: Config):
       config[key] = tuple(
         x.strip() for text in value for x in str(text).split(',') if x.strip()
       )
+
+
+def _attributes(name: str) -> dict[str, str]:
+  """What the docstring of a class, given by its full name, says of them."""
+  parsed = docstring_parser.parse(pkgutil.resolve_name(name).__doc__)
+  return {
+    x.arg_name: ' '.join(x.description.split()).removesuffix('.')
+    for x in parsed.params
+  }
 
 
 def _check_value(key: str, value: Any):

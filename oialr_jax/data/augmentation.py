@@ -30,7 +30,7 @@ class Augmentation:
 
   Attributes:
     mean: of the pixels, for every channel, in [0, 1].
-    std: likewise.
+    std: the standard deviation of the pixels, for every channel.
     scale: the least and the largest share of the image that a random resized
       crop keeps, by area; None does not crop.
     flip: probability to be mirrored, left to right.
@@ -38,8 +38,8 @@ class Augmentation:
     magnitude: of RandAugment, 0 to 10.
     magnitude_std: its standard deviation.
     erase: probability that a rectangle is replaced by normal noise.
-    mixup: alpha of the beta distribution; 0 does not mix.
-    cutmix: likewise; with both, every batch does either.
+    mixup: alpha of its beta distribution; 0 does not mix.
+    cutmix: alpha of its beta distribution; with both, every batch does either.
     label_smoothing: share of a label that all classes get alike.
   """
 
