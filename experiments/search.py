@@ -192,6 +192,10 @@ def check(config: Config):
     module.BINARY.check(base)
   except ValueError as e:
     raise ValueError(f'config.base, of {config.binary}: {e}') from e
+  if not config.val_share:
+    raise ValueError(
+      'config.val_share=0: must be positive: trials are compared by it.'
+    )
   settings.check_names(config.space, _PARAMETERS, 'config.space')
   for name, bounds in config.space.items():
     if len(bounds) != 2 or bounds[0] > bounds[1]:
@@ -220,7 +224,7 @@ def work(config: Config, options: cli.Options):
     optuna.logging.WARNING if options.quiet else optuna.logging.INFO
   )
   study, storage = _opened(config, options)
-  problem = _problem(config, options).held_out(config.validation, config.seed)
+  problem = _problem(config, options).held_out(config.val_share, config.seed)
   layers = problem.layers(config.base)
 
   def objective(trial: optuna.Trial) -> Sequence[float]:

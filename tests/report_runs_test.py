@@ -145,6 +145,9 @@ def test_folders_without_a_run_are_errors(tmp_path):
     report.read(tmp_path / 'nowhere')
   with pytest.raises(FileNotFoundError, match='neither metrics.jsonl, here or'):
     report.read(tmp_path)
+  (tmp_path / 'report.html').touch()
+  with pytest.raises(FileNotFoundError, match="report.html': a file; pass"):
+    report.read(tmp_path / 'report.html')
 
 
 def test_names_tell_workdirs_and_their_runs_apart(tmp_path):

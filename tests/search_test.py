@@ -218,6 +218,7 @@ def test_the_default_is_a_point_of_the_space(variant):
     ('--config.space.delay=0.1,1.0', 'config.space, at its ends.*delay=1.0'),
     ('--config.base.steps=0', 'config.base, of digits: config.steps=0'),
     ('--config.base.oialr.cutoff=2', 'config.base, of digits: config.oialr'),
+    ('--config.val_share=0', 'config.val_share=0: must be positive'),
     ('--config.prune=0', r'config.prune=0.0: must be in \(0, 1\]'),
   ],
 )
@@ -272,8 +273,8 @@ def test_digits_are_searched_and_the_search_goes_on(tmp_path, capsys):
   search.main(*parse(*flags, '--config.trials=1'))
   with pytest.raises(ValueError, match='pass --resume to go on with it'):
     search.main(*parse(*flags, '--config.trials=2'))
-  with pytest.raises(ValueError, match='validation is 0.25 there and 0.5 here'):
-    search.main(*parse(*flags, '--resume', '--config.validation=0.5'))
+  with pytest.raises(ValueError, match='val_share is 0.25 there and 0.5 here'):
+    search.main(*parse(*flags, '--resume', '--config.val_share=0.5'))
   search.main(*parse(*flags, '--resume', '--config.trials=2'))
   assert 'Of 2 trials: 2 complete' in capsys.readouterr().out
   result = json.loads((tmp_path / 'result.json').read_text())

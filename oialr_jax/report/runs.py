@@ -66,8 +66,9 @@ def read(workdir: str | pathlib.Path) -> Workdir:
   """
   folder = pathlib.Path(workdir)
   if not folder.is_dir():
+    kind = 'a file' if folder.exists() else 'no such folder'
     raise FileNotFoundError(
-      f'{str(folder)!r}: no such folder; pass the workdir of a run.'
+      f'{str(folder)!r}: {kind}; pass the workdir of a run.'
     )
   found = [p for p in (folder, *sorted(folder.iterdir())) if _is_run(p)]
   config, result = folder / 'config.json', folder / 'result.json'
