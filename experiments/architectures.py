@@ -11,6 +11,7 @@ those that are in it are left out. See experiments/configs/architectures.py.
 
 from collections.abc import Iterable
 import dataclasses
+import functools
 import itertools
 from typing import Any
 
@@ -45,11 +46,9 @@ def main(config: Config, options: cli.Options):
     free=_GRID,
     resume=options.resume,
   )
-  grid = itertools.product(config.networks, config.seeds, config.methods)
+  grid = itertools.product(config.networks, config.methods, config.seeds)
   try:
-    for network, seed, method in grid:
-      if rows.find(network, method, seed) is None:
-        rows.add(_run(config, options, network, method, seed))
+    rows.fill(grid, functools.partial(_run, config, options))
   finally:
     if rows:
       print(table(rows))
@@ -65,10 +64,8 @@ def check(config: Config):
     if network == LANGUAGE:
       shape, dtype = (config.context,), jnp.int32
     inputs = jax.ShapeDtypeStruct((1, *shape), dtype)
-    try:
-      jax.eval_shape(_model(config, network).init, jax.random.key(0), inputs)
-    except ValueError as e:
-      raise ValueError(f'config.models.{network}: {e}') from e
+    model = _model(config, network)
+    runs.check_model(model, f'config.models.{network}', inputs)
 
 
 def table(rows: Iterable[Row]) -> str:

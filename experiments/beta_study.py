@@ -12,6 +12,7 @@ experiments/configs/beta_study.py.
 
 from collections.abc import Iterable
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -44,11 +45,10 @@ def main(config: Config, options: cli.Options):
   images = image_sets.load(config, options)
   task = image_sets.Task.of_images(recipe.model(config), images, config)
   try:
-    for seed, cutoff in itertools.product(
-      config.seeds, (None, *config.cutoffs)
-    ):
-      if rows.find(cutoff, seed) is None:
-        rows.add(_run(config, options, task, cutoff, seed))
+    rows.fill(
+      itertools.product((None, *config.cutoffs), config.seeds),
+      functools.partial(_run, config, options, task),
+    )
   finally:
     if rows:
       print(table(rows))
@@ -59,10 +59,7 @@ def check(config: Config):
   image_sets.check(config)
   classification.cosine(config)
   image = jax.ShapeDtypeStruct((1, *image_sets.shape(config)), jnp.float32)
-  try:
-    jax.eval_shape(recipe.model(config).init, jax.random.key(0), image)
-  except ValueError as e:
-    raise ValueError(f'config.model: {e}') from e
+  runs.check_model(recipe.model(config), 'config.model', image)
   for cutoff in config.cutoffs:
     runs.check(_with(config, cutoff), config.steps, ['oialr'])
 

@@ -11,6 +11,7 @@ experiments/configs/delay_study.py.
 
 from collections.abc import Iterable, Sequence
 import dataclasses
+import functools
 import itertools
 from typing import Any
 
@@ -49,9 +50,10 @@ def main(config: Config, options: cli.Options):
   )
   images = image_sets.load(config, options)
   try:
-    for key, seed in itertools.product(_keys(config), config.seeds):
-      if rows.find(*key, seed) is None:
-        rows.add(_run(config, options, images, key, seed))
+    rows.fill(
+      [(*key, seed) for key in _keys(config) for seed in config.seeds],
+      functools.partial(_run, config, options, images),
+    )
   finally:
     if rows:
       print(table(rows))
@@ -88,10 +90,12 @@ def _run(
   config: Config,
   options: cli.Options,
   images: image_sets.Images,
-  key: Sequence[Any],
+  depth: int,
+  rate: float,
+  delay: float | None,
   seed: int,
 ) -> Row:
-  depth, rate, delay = key
+  key = depth, rate, delay
   mine = _with(config, key)
   model = models.Mlp(widths=(config.width,) * depth)
   name = f'{_name(delay)}-depth-{depth}-rate-{rate:g}'

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import runs
 from experiments import settings
 from oialr_jax import data
 from oialr_jax import models
@@ -142,10 +143,7 @@ def check(config: Config, horizon: int, features: int = 5):
     for width in (model(config).c_out, features)
   ]
   inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-  try:
-    jax.eval_shape(model(config).init, jax.random.key(0), *inputs)
-  except ValueError as e:
-    raise ValueError(f'config.model: {e}') from e
+  runs.check_model(model(config), 'config.model', *inputs)
 
 
 def _inputs(batch: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -141,7 +141,4 @@ def check(config: Config, *, examples: int, image: tuple[int, ...]):
   rate(config, steps)
   runs.check(config, steps, config.methods)
   images = jax.ShapeDtypeStruct((1, *image), jnp.float32)
-  try:
-    jax.eval_shape(model(config).init, jax.random.key(0), images)
-  except ValueError as e:  # such as sides that are no multiple of the patches
-    raise ValueError(f'config.model: {e}') from e
+  runs.check_model(model(config), 'config.model', images)

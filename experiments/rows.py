@@ -1,6 +1,6 @@
 """Results of many runs: a row for each, kept while the others go on."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 import json
 import pathlib
 from typing import Any
@@ -68,6 +68,12 @@ class Rows:
     self._rows = [r for r in self if self._of(r) != self._of(row)] + [row]
     if jax.process_index() == 0:
       _write(self._file, json.dumps({'rows': self._rows}, indent=2))
+
+  def fill(self, keys: Iterable[tuple[Any, ...]], run: Callable[..., Row]):
+    """Adds the rows of these keys that are missing, each as `run(*key)`."""
+    for key in keys:
+      if self.find(*key) is None:
+        self.add(run(*key))
 
   def _of(self, row: Row) -> tuple[Any, ...]:
     return tuple(row[key] for key in self._keys)

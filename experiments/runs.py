@@ -6,6 +6,7 @@ import math
 import os
 from typing import Any
 
+from flax import linen as nn
 import jax
 import optax
 
@@ -107,6 +108,14 @@ def check(config: Config, steps: int, methods: Sequence[str]):
   settings.check_names(methods, METHODS, 'config.methods')
   for method in methods:
     arguments(method, config, steps)
+
+
+def check_model(model: nn.Module, where: str, *inputs: jax.ShapeDtypeStruct):
+  """Raises ValueError, saying `where`, if a model cannot take such inputs."""
+  try:
+    jax.eval_shape(model.init, jax.random.key(0), *inputs)
+  except ValueError as e:  # such as sides that are no multiple of the patches
+    raise ValueError(f'{where}: {e}') from e
 
 
 def _method(name: str, config: Config) -> methods.Method:

@@ -14,7 +14,7 @@ experiments/configs/stability_study.py.
 
 from collections.abc import Iterable, Sequence
 import dataclasses
-import itertools
+import functools
 import statistics
 from typing import Any
 
@@ -28,6 +28,7 @@ from experiments import learning_rates
 from experiments import measured
 from experiments import recipe
 from experiments import rows as rows_lib
+from experiments import runs
 from experiments import settings
 from experiments import stability_plots
 from experiments import tables
@@ -52,9 +53,10 @@ def main(config: Config, options: cli.Options):
   )
   images = image_sets.load(config, options)
   try:
-    for condition, seed in itertools.product(conditions(config), config.seeds):
-      if rows.find(*condition, seed) is None:
-        rows.add(_run(config, options, images, condition, seed))
+    rows.fill(
+      [(*which, seed) for which in conditions(config) for seed in config.seeds],
+      functools.partial(_run, config, options, images),
+    )
   finally:
     if rows:
       print(f'{table(rows)}\n\n{table_of_types(rows)}\n\n{baseline(rows)}')
@@ -72,10 +74,8 @@ def check(config: Config):
       raise ValueError(
         f'config.batch_sizes={batch_size}: more than there are digits.'
       )
-    try:
-      jax.eval_shape(_model(config, condition).init, jax.random.key(0), image)
-    except ValueError as e:
-      raise ValueError(f'config.models.{network}: {e}') from e
+    model = _model(config, condition)
+    runs.check_model(model, f'config.models.{network}', image)
   if 8 * config.track_every > config.steps:
     raise ValueError(
       f'config.track_every={config.track_every}: quarters of the '
@@ -155,9 +155,9 @@ def _run(
   config: Config,
   options: cli.Options,
   images: image_sets.Images,
-  condition: Sequence[Any],
-  seed: int,
+  *which: Any,
 ) -> Row:
+  *condition, seed = which
   *_, schedule, batch_size = condition
   mine = config.copy_and_resolve_references()
   mine.batch_size = batch_size
