@@ -120,9 +120,9 @@ def _run(
   stop = steps
   if config.stop_epochs is not None:
     stop = min(steps, max(1, round(config.stop_epochs * epoch)))
-  stopping = None
+  callbacks = ()
   if config.patience:
-    stopping = runs.EarlyStopping('val_mse', config.patience)
+    callbacks = (training.EarlyStopping('val_mse', config.patience),)
   result = runs.fit(
     method,
     config,
@@ -134,7 +134,7 @@ def _run(
     data=lambda: task.batches(seed),
     rate=_halving(config, epoch),
     optimizer=methods.Adam(),
-    stopping=stopping,
+    callbacks=callbacks,
     stop_at=stop,
     eval_fn=task.evaluate,
     eval_data=task.evaluation,

@@ -146,10 +146,10 @@ def fit(
   optimizer: methods.Adam,
   model_state: Any | None = None,
   eval_fn: training.EvalFn | None = None,
-  stopping: 'EarlyStopping | None' = None,
+  callbacks: Sequence[training.Callback] = (),
   **more: Any,
 ) -> training.Result:
-  """`training.fit` of a method, in a folder of its own, until it stops.
+  """`training.fit` of a method, in a folder of its own.
 
   Args:
     method: one of `METHODS`.
@@ -164,7 +164,7 @@ def fit(
     optimizer: made with the rate.
     model_state: see there.
     eval_fn: see there.
-    stopping: ends the run before its time.
+    callbacks: that listen, besides the progress lines.
     **more: see there.
 
   Returns:
@@ -175,7 +175,7 @@ def fit(
   if config.get('rewarmup'):
     events = _events(method_arguments)
     rate = rates.rewarmed(rate, events, steps=config.rewarmup)
-  callbacks = () if options.quiet else (training.Progress(name),)
+  progress = () if options.quiet else (training.Progress(name),)
 
   def layers() -> tuple[oialr.Layer, ...]:
     key, rules = jax.random.key(0), _schedule(method, config, steps)
@@ -186,67 +186,21 @@ def fit(
       keep_last=rules.keep_last,
     )
 
-  def until(*listeners: training.Callback, **changes: Any) -> training.Result:
-    memory.reset()
-    result = training.fit(
-      how.wrapped(loss_fn),
-      params,
-      data(),
-      optimizer=how.optimizer(optimizer, rate, layers),
-      steps=steps,
-      model_state=model_state,
-      eval_fn=eval_fn and how.wrapped(eval_fn),
-      workdir=options.workdir / name,
-      callbacks=(*callbacks, *listeners),
-      **(_of_the_step(config) | more | method_arguments | changes),
-    )
-    end = result.records[-1] | memory.peak()
-    return dataclasses.replace(result, records=(*result.records[:-1], end))
-
-  if stopping is None:
-    return until(**options.fit())
-  try:
-    return until(stopping, **options.fit())
-  except Enough as e:
-    # From its last checkpoint to where it is to end, which ends it properly.
-    return until(**(options.fit() | dict(resume=True, stop_at=e.step)))
-
-
-class Enough(Exception):
-  """A run is to end after `step` steps."""
-
-  def __init__(self, step: int):
-    super().__init__(f'no improvement until step {step}')
-    self.step = step
-
-
-class EarlyStopping(training.Callback):
-  """Ends a run when a metric of its evaluations does not get better.
-
-  Args:
-    metric: that is to fall.
-    patience: evaluations in a row that are worse than the best before them.
-  """
-
-  everywhere = True  # all processes stop at the same step
-
-  def __init__(self, metric: str, patience: int):
-    self._metric = metric
-    self._patience = patience
-
-  def on_start(self, start: training.Start):
-    self._steps = start.steps
-    self._best, self._worse = float('inf'), 0
-    for record in start.records:
-      if record['kind'] == 'eval':
-        self.on_evaluation(record)
-
-  def on_evaluation(self, record: dict[str, Any]):
-    value = record[self._metric]
-    self._worse = self._worse + 1 if value > self._best else 0
-    self._best = min(value, self._best)
-    if self._worse >= self._patience and record['step'] < self._steps:
-      raise Enough(record['step'])
+  memory.reset()
+  result = training.fit(
+    how.wrapped(loss_fn),
+    params,
+    data(),
+    optimizer=how.optimizer(optimizer, rate, layers),
+    steps=steps,
+    model_state=model_state,
+    eval_fn=eval_fn and how.wrapped(eval_fn),
+    workdir=options.workdir / name,
+    callbacks=(*progress, *callbacks),
+    **(_of_the_step(config) | more | method_arguments | options.fit()),
+  )
+  end = result.records[-1] | memory.peak()
+  return dataclasses.replace(result, records=(*result.records[:-1], end))
 
 
 def summary(result: training.Result) -> dict[str, Any]:

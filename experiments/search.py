@@ -148,7 +148,7 @@ class Problem:
         steps=steps,
         rate=rate,
         eval_every=max(1, steps // (rungs + 1)),
-        stopping=stopping,
+        callbacks=() if stopping is None else (stopping,),
       )
     except FloatingPointError as e:
       raise optuna.TrialPruned(str(e)) from e

@@ -1,6 +1,7 @@
 """Tests of who hears what of a run, and whose error it is."""
 
 import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -119,6 +120,103 @@ def test_the_error_of_a_callback_names_it(method):
     f'raised by Broken.{method}, a callback of the run'
   ]
   assert other.heard[-1] == ('close',)
+
+
+class StopAt(training.Callback):
+  """Stops at a record of some kind, or after a step."""
+
+  def __init__(self, step, kind=None):
+    self.step, self.kind = step, kind
+
+  def on_step(self, step):
+    if self.kind is None and step >= self.step:
+      raise training.Stop('enough')
+
+  def on_record(self, record):
+    if record['kind'] == self.kind and record['step'] >= self.step:
+      raise training.Stop('enough')
+
+
+@pytest.mark.parametrize(
+  'stop, at',
+  [
+    (StopAt(13), 13),
+    (StopAt(19, 'train'), 20),  # which is read a step late
+    (StopAt(1, 'eval'), 15),
+    (StopAt(10, 'event'), 17),  # after the step that follows
+  ],
+)
+def test_a_run_that_a_callback_stops_is_one_of_that_length(tmp_path, stop, at):
+  listeners = spy, _ = Spy(), stop
+  options = dict(eval_every=15, checkpoint_every=12)
+  stopped = training_test.fit(
+    workdir=tmp_path / 'a', callbacks=listeners, **options
+  )
+  told = training_test.fit(workdir=tmp_path / 'b', stop_at=at, **options)
+  for a, b in zip(jax.tree.leaves(stopped.state), jax.tree.leaves(told.state)):
+    np.testing.assert_array_equal(a, b)
+  assert training_test.losses(stopped).size == at
+  for kind in ('eval', 'event', 'compaction'):
+    steps = lambda result, k=kind: [r['step'] for r in result.select(k)]
+    assert steps(stopped) == steps(told)
+  end = stopped.records[-1]
+  assert (end['kind'], end['step'], end['stopped']) == ('end', at, 'enough')
+  assert 'stopped' not in told.records[-1]
+  assert (
+    spy.of('checkpoint')[-1][0] == at
+  )  # who stops keeps others from nothing
+
+
+class AtOnce(Spy):
+  """Stops whatever goes on."""
+
+  def on_start(self, start):
+    super().on_start(start)
+    raise training.Stop('at once')
+
+
+def test_a_run_that_stopped_is_done_and_may_go_on(tmp_path):
+  run = lambda *callbacks, **more: training_test.fit(
+    workdir=tmp_path, eval_every=10, callbacks=callbacks, resume=True, **more
+  )
+  first = run(StopAt(20, 'eval'))
+  again = run(AtOnce())  # at a run that has its end: nothing is done
+  assert again.records == first.records
+  longer = run(stop_at=25)
+  assert [r['step'] for r in longer.select('end')] == [20, 25]
+  whole = training_test.fit(eval_every=10, stop_at=25)
+  np.testing.assert_array_equal(
+    training_test.losses(longer), training_test.losses(whole)
+  )
+
+
+def test_who_stops_before_the_first_step_stops_after_it(tmp_path):
+  spy = AtOnce()
+  result = training_test.fit(callbacks=[spy])
+  assert spy.of('step') == [(1,)] and result.records[-1]['step'] == 1
+  # Of one that goes on, not even that.
+  training_test.fit(workdir=tmp_path, checkpoint_every=5, stop_at=12)
+  checkpoint = tmp_path / 'checkpoints' / '12'
+  shutil.rmtree(checkpoint)
+  spy = AtOnce()
+  result = training_test.fit(workdir=tmp_path, resume=True, callbacks=[spy])
+  assert spy.of('step') == [] and result.records[-1]['step'] == 10
+  assert result.records[-1]['stopped'] == 'at once'
+
+
+def test_early_stopping_counts_what_is_worse_than_the_best():
+  stopping = training.EarlyStopping('val', 2)
+  record = lambda step, val: {'kind': 'eval', 'step': step, 'val': val}
+  stopping.on_start(training.Start(steps=60))
+  for step, value in ((10, 3.0), (20, 2.0), (30, 2.5), (40, 2.0), (50, 2.1)):
+    stopping.on_evaluation(record(step, value))
+  # A run that goes on knows of the evaluations before.
+  before = (record(10, 2.0), {'kind': 'train', 'step': 15}, record(20, 2.5))
+  stopping.on_start(training.Start(steps=60, first=20, records=before))
+  with pytest.raises(training.Stop, match='val did not improve in 2'):
+    stopping.on_evaluation(record(30, 2.4))
+  with pytest.raises(ValueError, match='patience=0: must be at least 1'):
+    training.EarlyStopping('val', 0)
 
 
 @pytest.mark.parametrize('wrong', [Spy, print])

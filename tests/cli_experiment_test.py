@@ -18,10 +18,8 @@ from experiments import digits
 from experiments import ett_autoformer
 from experiments import imagenet
 from experiments import mnist_cnn
-from experiments import runs
 from experiments import settings
 from experiments import stability_study
-from oialr_jax import training
 
 # How ml_collections loads a file of settings.
 pytestmark = pytest.mark.filterwarnings('ignore:the load_module')
@@ -230,22 +228,6 @@ def test_settings_may_be_left_to_their_default_of_none():
       ml_collections.ConfigDict(dict(clip=None)),
       ml_collections.ConfigDict(dict(clip=1.0)),
     )
-
-
-def test_early_stopping_counts_what_is_worse_than_the_best():
-  stopping = runs.EarlyStopping('val', 2)
-  record = lambda step, val: {'kind': 'eval', 'step': step, 'val': val}
-  stopping.on_start(training.Start(steps=60))
-  for step, value in ((10, 3.0), (20, 2.0), (30, 2.5), (40, 2.0)):
-    stopping.on_evaluation(record(step, value))
-  stopping.on_evaluation(record(50, 2.1))
-  stopping.on_evaluation(record(60, 2.2))  # the end, where runs stop anyway
-  # A run that goes on knows of the evaluations before.
-  before = (record(10, 2.0), {'kind': 'train', 'step': 15}, record(20, 2.5))
-  stopping.on_start(training.Start(steps=60, first=20, records=before))
-  with pytest.raises(runs.Enough) as enough:
-    stopping.on_evaluation(record(30, 2.4))
-  assert enough.value.step == 30
 
 
 def test_help_lists_flags_and_settings_with_defaults():

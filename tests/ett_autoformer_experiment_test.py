@@ -216,7 +216,7 @@ class Rising:
   def __init__(self, workdir):
     self.options = cli.Options(workdir=workdir, quiet=True, checkpoint_every=2)
 
-  def fit(self, stopping, **more):
+  def fit(self, *callbacks, **more):
     config, _ = cli.parse(ett_autoformer.BINARY, TINY)
     return runs.fit(
       'dense',
@@ -229,7 +229,7 @@ class Rising:
       data=lambda: iter(np.ones(20, np.float32)),
       rate=lambda step: 0.1,
       optimizer=optax.sgd,
-      stopping=stopping,
+      callbacks=callbacks,
       eval_fn=lambda p, s, batch: {'val': p['w'] + 0 * batch},
       eval_data=lambda: iter(np.ones((1, 1), np.float32)),
       eval_every=3,
@@ -238,10 +238,10 @@ class Rising:
 
 
 def test_a_run_without_improvement_ends_as_if_it_had_been_told_to(tmp_path):
-  stopped = Rising(tmp_path / 'a').fit(runs.EarlyStopping('val', 2))
+  stopped = Rising(tmp_path / 'a').fit(training.EarlyStopping('val', 2))
   assert [r['step'] for r in stopped.select('eval')] == [3, 6, 9]
   assert stopped.select('end')[-1]['step'] == 9
-  told = Rising(tmp_path / 'b').fit(None, stop_at=9)
+  told = Rising(tmp_path / 'b').fit(stop_at=9)
   np.testing.assert_array_equal(stopped.params['w'], told.params['w'])
   assert stopped.select('eval') == told.select('eval')
   lines = (tmp_path / 'a' / 'run' / 'metrics.jsonl').read_text().splitlines()

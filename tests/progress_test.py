@@ -175,6 +175,11 @@ def test_summary_goes_from_the_beginning_to_the_end():
   ]
 
 
+def test_summary_says_what_stopped_the_run():
+  shown = progress.summary([END | {'stopped': 'val did not improve'}])
+  assert shown.startswith('  steps             400, for val did not improve\n')
+
+
 def test_summary_of_a_dense_run_says_nothing_of_ranks():
   shown = progress.summary([train(1), END])
   assert 'rank' not in shown and shown.startswith('  steps')

@@ -1,8 +1,10 @@
 """Training: the jitted steps, the loop around them, and who listens."""
 
 from oialr_jax.training.callbacks import Callback
+from oialr_jax.training.callbacks import EarlyStopping
 from oialr_jax.training.callbacks import Record
 from oialr_jax.training.callbacks import Start
+from oialr_jax.training.callbacks import Stop
 from oialr_jax.training.compaction import Compaction
 from oialr_jax.training.compaction import rehearse
 from oialr_jax.training.conversion import Conversion

@@ -30,6 +30,13 @@ class Start:
   records: tuple[Record, ...] = ()
 
 
+class Stop(Exception):
+  """Raised by a callback: the run ends after this step, as at its last one.
+
+  It evaluates, slices what is pruned, saves, and `fit` returns its result.
+  """
+
+
 class Callback:
   """Listens to a run: override what is of interest.
 
@@ -40,7 +47,7 @@ class Callback:
 
   Of several processes the first one alone calls it, unless its `everywhere` is
   True, as it has to be where all of them shall stop. What it raises ends the
-  run, with its name in the error.
+  run, with its name in the error; `Stop` ends it as if that were its length.
   """
 
   everywhere: bool = False
@@ -65,6 +72,41 @@ class Callback:
 
   def close(self):
     """At the end, also when the run failed."""
+
+
+class EarlyStopping(Callback):
+  """Ends a run when a metric of its evaluations does not get better.
+
+  Args:
+    metric: that is to fall.
+    patience: evaluations in a row that are worse than the best before them.
+
+  Raises:
+    ValueError: patience is not positive.
+  """
+
+  everywhere = True  # all processes stop at the same step
+
+  def __init__(self, metric: str, patience: int):
+    if patience < 1:
+      raise ValueError(f'patience={patience}: must be at least 1.')
+    self._metric = metric
+    self._patience = patience
+
+  def on_start(self, start: Start):
+    self._best, self._worse = float('inf'), 0
+    for record in start.records:
+      if record['kind'] == 'eval':
+        self.on_evaluation(record)
+
+  def on_evaluation(self, record: Record):
+    value = record[self._metric]
+    self._worse = self._worse + 1 if value > self._best else 0
+    self._best = min(value, self._best)
+    if self._worse >= self._patience:
+      raise Stop(
+        f'{self._metric} did not improve in {self._patience} evaluations'
+      )
 
 
 def numbers(record: Record) -> dict[str, float]:

@@ -255,32 +255,41 @@ class _Loop:
         start, rollbacks = self._go_back(e), rollbacks - 1
 
   def _train(self, start: int):
-    for step in range(start, self.stop):
-      event = self.schedule.event(step) if self.schedule else None
+    done = start
+    while not self._is_last(done):
+      event = self.schedule.event(done) if self.schedule else None
       if event is not None:
         self.run.event(event)
-      if self.conversion is not None and step == self.conversion.step:
-        _check_finite(self.run.state.params, step)
-        self.run.convert(step)
-      if self.track_every and step % self.track_every == 0:
-        self.run.track(step)
-      self.run.step(step)
-      self._after(step + 1)
+      if self.conversion is not None and done == self.conversion.step:
+        _check_finite(self.run.state.params, done)
+        self.run.convert(done)
+      if self.track_every and done % self.track_every == 0:
+        self.run.track(done)
+      self.run.step(done)
+      done += 1
+      self._after(done)
+    if done == start and self.recorder.records[-1]['kind'] == 'end':
+      return  # it stopped there before
     if self.track_every:
-      self.run.track(self.stop)
-    self.run.finish(self.stop)
-    self._save(self.stop)
+      self.run.track(done)
+    self.run.finish(done)
+    self._save(done)
     self._tell()
+
+  def _is_last(self, done: int) -> bool:
+    """Whether to end here; after a step at least, a callback may say so."""
+    return done == self.stop or bool(done and self.recorder.stopped)
 
   def _after(self, done: int):
     """Logs, evaluates and saves, where it is time for it."""
-    last = done == self.stop
-    due = lambda every: every and done % every == 0 and not last
-    if last or due(self.log_every):
+    due = lambda every: every and done % every == 0 and done < self.stop
+    if done == self.stop or due(self.log_every):
       self.recorder.log()
     if due(self.eval_every):
       self.run.evaluate(done)
-    reason = '' if last else self.watch.reason(done)
+    if self._is_last(done):
+      return
+    reason = self.watch.reason(done)
     if reason or due(self.checkpoint_every):
       self._save(done)
     if reason:

@@ -147,7 +147,8 @@ def describe(record: Record) -> str:
 def summary(records: Sequence[Record], name: str = '') -> str:
   """A table of a run that is at its end."""
   end = records[-1]
-  rows = [('steps', f'{end["step"]:,}'), *_results(records)]
+  stopped = f', for {end["stopped"]}' if 'stopped' in end else ''
+  rows = [('steps', f'{end["step"]:,}{stopped}'), *_results(records)]
   for what in ('trainable', 'stored'):
     share = _percent(end[what] / end['dense'])
     rows.append((what, f'{end[what]:,} of {end["dense"]:,} ({share})'))

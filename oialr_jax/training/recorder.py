@@ -38,6 +38,7 @@ class Recorder:
     self.clock = Clock()
     self.records: list[Record] = []
     self.facts: dict[str, Any] = {}  # of the step: in every 'train' record
+    self.stopped: callbacks_lib.Stop | None = None  # the run, by a callback
     self._callbacks: list[callbacks_lib.Callback] = []
     self._pending: list[tuple[int, Any]] = []
     self._examples: int | None = None
@@ -71,6 +72,7 @@ class Recorder:
     self._examples = examples
     self._mark = self.clock.seconds['training']
     self._told = first
+    self.stopped = None
     self._tell(
       'on_start',
       callbacks_lib.Start(
@@ -152,7 +154,10 @@ class Recorder:
 
   def _tell(self, method: str, *args: Any):
     for callback in self._callbacks:
-      _call(callback, method, *args)
+      try:
+        _call(callback, method, *args)
+      except callbacks_lib.Stop as e:
+        self.stopped = e
 
 
 def _call(callback: callbacks_lib.Callback, method: str, *args: Any):

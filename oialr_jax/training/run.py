@@ -726,13 +726,18 @@ class Run:
     self._recorder.log(settled=True)
     rate = 1 / self._step_seconds(step)
     # The function is that of the sliced kernels, for which nothing is compiled.
-    self.evaluate(step)
+    if not any(
+      r['kind'] == 'eval' and r['step'] == step for r in self._recorder.records
+    ):
+      self.evaluate(step)
     if self._converted:  # by whatever its step has done since
       self._ranks = transforms.compact_ranks(self.state.params)
     self._slice(step, self._ranks)
+    stopped = self._recorder.stopped
     self._recorder.record(
       'end',
       step,
+      **({'stopped': str(stopped)} if stopped else {}),
       seconds=self._recorder.clock.total(),
       compilations=self._compilations,
       steps_per_second=rate,
