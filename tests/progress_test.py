@@ -176,7 +176,8 @@ def test_summary_goes_from_the_beginning_to_the_end():
 
 
 def test_summary_says_what_stopped_the_run():
-  shown = progress.summary([END | {'stopped': 'val did not improve'}])
+  ended = END | {'stopped': 'val did not improve'}
+  shown = progress.summary([train(1), ended])
   assert shown.startswith('  steps             400, for val did not improve\n')
 
 
