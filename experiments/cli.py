@@ -17,7 +17,6 @@ from ml_collections import config_flags
 
 from experiments import settings
 from oialr_jax import sharding
-from oialr_jax import training
 
 # Flags belong to the binary that calls `run`: its --help lists them.
 flags.disclaim_key_flags()
@@ -189,11 +188,7 @@ def _main(binary: Binary, config: Config, options: Options):
   if binary.explain is not None and flags.FLAGS.explain:
     print(binary.explain(config))
     return
-  try:
-    binary.main(config, options)
-  except training.Interrupted as e:
-    print(f'{e}. The same command with --resume goes on.', file=sys.stderr)
-    raise
+  binary.main(config, options)
 
 
 def _define(binary: Binary, values: flags.FlagValues, argv: Sequence[str]):

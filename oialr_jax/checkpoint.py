@@ -7,11 +7,13 @@ fit its seal is damaged: neither is ever loaded.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent import futures
 import dataclasses
 import hashlib
 import json
 import os
 import pathlib
+import threading
 from typing import Any
 
 from absl import logging
@@ -25,6 +27,8 @@ PyTree = Any
 Manifest = dict[str, Any]
 
 _SEAL = 'digests.json'
+# Orbax tells nobody when a checkpoint has got its name: its callback comes before.
+_POLL_SECONDS = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +80,9 @@ class Checkpoints:
 
   def __init__(self, folder: str | os.PathLike, keep: Keep = Keep()):  # noqa: B008
     self.folder = pathlib.Path(folder).absolute()
-    self._unsealed: set[int] = set()  # of what was saved here
+    self._sealer = futures.ThreadPoolExecutor(1, thread_name_prefix='seal')
+    self._sealing: futures.Future[None] | None = None
+    self._written = threading.Event()  # what was saved last, or it failed
     self._manager = ocp.CheckpointManager(
       self.folder,
       item_names=('arrays', 'manifest'),
@@ -84,7 +90,6 @@ class Checkpoints:
         preservation_policy=keep.policy(),
         best_fn=(lambda m: m[keep.metric]) if keep.best else None,
         cleanup_tmp_directories=True,
-        async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
       ),
     )
 
@@ -102,6 +107,8 @@ class Checkpoints:
     metrics: Mapping[str, float] | None = None,
   ):
     """Begins to write a checkpoint; the arrays may be donated afterwards.
+
+    It is sealed as soon as it is written, by a thread.
 
     Args:
       step: optimiser steps done.
@@ -131,7 +138,9 @@ class Checkpoints:
       )
     except Exception as e:
       raise self._failed(e) from e
-    self._unsealed.add(step)
+    if jax.process_index() == 0:
+      self._written.clear()
+      self._sealing = self._sealer.submit(self._seal, step)
 
   def wait(self):
     """Until everything is written and sealed.
@@ -141,15 +150,21 @@ class Checkpoints:
     """
     try:
       self._manager.wait_until_finished()
+      self._written.set()
+      if self._sealing is not None:
+        self._sealing.result()
     except Exception as e:
       raise self._failed(e) from e
-    self._seal()
+    finally:
+      self._written.set()
+      self._sealing = None
 
   def close(self):
     """Waits, and ends Orbax's threads."""
     try:
       self.wait()
     finally:
+      self._sealer.shutdown()
       self._manager.close()
 
   def clear(self):
@@ -214,20 +229,19 @@ class Checkpoints:
   def _read(self, step: int, **items: Any) -> Any:
     return self._manager.restore(step, args=ocp.args.Composite(**items))
 
-  def _seal(self):
-    """Writes the digests of what was saved here and Orbax has completed.
+  def _seal(self, step: int):
+    """Writes the digests of what was saved here, once Orbax has completed it.
 
     Nothing else gets a seal: nobody knows whether it still is what was saved.
     """
-    if jax.process_index():
-      return
-    for step in sorted(self._unsealed):
-      path = self.folder / str(step)
-      if path.exists() and ocp.utils.is_checkpoint_finalized(path):
-        temporary = path / f'{_SEAL}.tmp'
-        temporary.write_text(json.dumps(_digests(path)))
-        os.replace(temporary, path / _SEAL)
-        self._unsealed.discard(step)
+    path = self.folder / str(step)
+    complete = lambda: path.exists() and ocp.utils.is_checkpoint_finalized(path)
+    while not complete():
+      if self._written.wait(_POLL_SECONDS) and not complete():
+        return  # it could not be written
+    temporary = path / f'{_SEAL}.tmp'
+    temporary.write_text(json.dumps(_digests(path)))
+    os.replace(temporary, path / _SEAL)
 
   def _damage(self, step: int) -> str:
     """What is wrong with a checkpoint; '' if nothing is."""

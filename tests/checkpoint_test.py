@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import time
 
 import jax
 import jax.numpy as jnp
@@ -146,6 +147,17 @@ def test_what_was_not_finished_is_not_loaded(tmp_path):
   assert _restore(tmp_path)[0] == 1
   _save(tmp_path, [2])
   assert _restore(tmp_path)[0] == 2
+
+
+def test_a_checkpoint_is_sealed_while_nobody_waits_for_it(tmp_path):
+  """A run that is killed long after a checkpoint has that checkpoint."""
+  with checkpoint.Checkpoints(tmp_path) as saved:
+    saved.save(1, _arrays(1), {})
+    for _ in range(600):
+      if saved.steps():
+        break
+      time.sleep(0.05)
+    assert saved.steps() == [1] and saved.restore(_like)[0] == 1
 
 
 def test_reading_seals_nothing(tmp_path):

@@ -125,18 +125,34 @@ def test_starting_anew_leaves_nothing_of_an_earlier_run(tmp_path, whole):
     assert saved.steps() == [STEPS]
 
 
-def test_sigterm_saves_and_stops(whole, tmp_path):
-  class Terminate(training.Callback):
-    def on_step(self, step):
-      if step == 12:
-        os.kill(os.getpid(), signal.SIGTERM)
+class Kill(training.Callback):
+  """Sends this process a signal at some steps."""
 
-  before = signal.getsignal(signal.SIGTERM)
-  with pytest.raises(training.Interrupted, match='SIGTERM') as stopped:
-    fit(tmp_path, callbacks=[Terminate()])
-  assert stopped.value.step == 12 and stopped.value.code == 0
-  assert signal.getsignal(signal.SIGTERM) is before
+  def __init__(self, number, *steps):
+    self.number, self.steps = number, steps
+
+  def on_step(self, step):
+    if step in self.steps:
+      os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize('name', ['SIGTERM', 'SIGINT'])
+def test_a_signal_saves_and_stops(whole, tmp_path, name, capsys):
+  number = signal.Signals[name]
+  before = signal.getsignal(number)
+  with pytest.raises(training.Interrupted, match=name) as stopped:
+    fit(tmp_path, callbacks=[Kill(number, 12)])
+  assert stopped.value.step == 12 and stopped.value.code == 75
+  assert signal.getsignal(number) is before
+  assert f'{name}: stops after this step' in capsys.readouterr().err
   assert_same(fit(tmp_path, resume=True), whole)
+
+
+def test_a_second_interrupt_stops_at_once(tmp_path):
+  twice = Kill(signal.SIGINT, 12), Kill(signal.SIGINT, 12)
+  with pytest.raises(KeyboardInterrupt):
+    fit(tmp_path, callbacks=twice)
+  assert not any((tmp_path / 'checkpoints').iterdir())
 
 
 def test_a_limit_of_seconds_saves_and_stops(whole, tmp_path):
@@ -241,6 +257,27 @@ def test_a_rollback_leaves_the_batches_out_that_led_there(tmp_path):
   assert len(losses) == STEPS and np.isfinite(losses).all()
   lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
   assert [json.loads(x) for x in lines] == list(result.records)
+
+
+@pytest.mark.parametrize('lag', [0, 4])
+def test_what_an_event_stumbles_over_is_the_step_before_it(tmp_path, lag):
+  """SVDs read what is not finite before the losses are."""
+  schedule = oialr.Schedule(steps=STEPS, delay=14, every=8, cutoff=0.4, lag=lag)
+  wrong = 13 if lag == 0 else 22  # the update of step 22 reads it at step 26
+  options = dict(schedule=schedule, log_every=50)
+  with pytest.raises(FloatingPointError, match=f'nan at step {wrong}'):
+    fit(data=batches().map(SpoilOnce(wrong).apply), **options)
+  result = fit(
+    tmp_path,
+    data=batches().map(SpoilOnce(wrong).apply),
+    checkpoint_every=12,
+    eval_every=None,
+    rollbacks=1,
+    **options,
+  )
+  (back,) = result.select('rollback')
+  assert f'nan at step {wrong}' in back['reason']
+  assert int(result.state.step) == STEPS
 
 
 def test_a_run_that_went_back_can_be_resumed(tmp_path):

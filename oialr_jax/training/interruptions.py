@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 import contextlib
 import signal
+import sys
 import threading
 import time
 
@@ -14,12 +15,15 @@ import numpy as np
 class Interrupted(SystemExit):
   """A run has saved and stopped as it was told to; a program ends with it.
 
+  With exit status 75, EX_TEMPFAIL of sysexits.h, so that what is to follow the
+  whole run does not take it for done, and a scheduler may start it again.
+
   Attributes:
     step: optimiser steps done.
   """
 
   def __init__(self, reason: str, step: int):
-    super().__init__(0)
+    super().__init__(75)
     self.reason = reason
     self.step = step
 
@@ -69,20 +73,27 @@ class Watch:
 
   @contextlib.contextmanager
   def signals(self) -> Iterator[None]:
-    """Catches SIGTERM within; a second one does what it did before."""
+    """Catches SIGTERM and Ctrl-C; a second one does what it did before."""
     # Only a main thread can have handlers, and of several processes none may.
     main = threading.current_thread() is threading.main_thread()
     if not main or jax.process_count() > 1:
       yield
       return
-    before = signal.getsignal(signal.SIGTERM)
+    before = {x: signal.getsignal(x) for x in (signal.SIGTERM, signal.SIGINT)}
+
+    def restore():
+      for number, handler in before.items():
+        signal.signal(number, handler)
 
     def handle(number, _):
       self._signal = number
-      signal.signal(signal.SIGTERM, before)
+      restore()
+      name = signal.Signals(number).name
+      print(f'{name}: stops after this step; again to stop now', file=sys.stderr)
 
-    signal.signal(signal.SIGTERM, handle)
+    for number in before:
+      signal.signal(number, handle)
     try:
       yield
     finally:
-      signal.signal(signal.SIGTERM, before)
+      restore()

@@ -1,6 +1,6 @@
 """`fit`: the training loop, steps on one clock, events on the other."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import contextlib
 import dataclasses
 import json
@@ -125,8 +125,8 @@ def fit(
       rollback left.
     OSError: a checkpoint cannot be written, as on a full disk; those that are
       there are as they were.
-    Interrupted: SIGTERM, preemption or max_seconds ended the run, which has
-      saved; a `SystemExit`, so that a program ends with it.
+    Interrupted: SIGTERM, Ctrl-C, preemption or max_seconds ended the run, which
+      has saved; a `SystemExit`, so that a program ends with it.
   """
   if steps < 1:
     raise ValueError(f'steps={steps}: must be at least 1.')
@@ -257,15 +257,16 @@ class _Loop:
   def _train(self, start: int):
     done = start
     while not self._is_last(done):
-      event = self.schedule.event(done) if self.schedule else None
-      if event is not None:
-        self.run.event(event)
-      if self.conversion is not None and done == self.conversion.step:
-        _check_finite(self.run.state.params, done)
-        self.run.convert(done)
-      if self.track_every and done % self.track_every == 0:
-        self.run.track(done)
-      self.run.step(done)
+      with self._diverging(done):
+        event = self.schedule.event(done) if self.schedule else None
+        if event is not None:
+          self.run.event(event)
+        if self.conversion is not None and done == self.conversion.step:
+          _check_finite(self.run.state.params, done)
+          self.run.convert(done)
+        if self.track_every and done % self.track_every == 0:
+          self.run.track(done)
+        self.run.step(done)
       done += 1
       self._after(done)
     if done == start and self.recorder.records[-1]['kind'] == 'end':
@@ -275,6 +276,20 @@ class _Loop:
     self.run.finish(done)
     self._save(done)
     self._tell()
+
+  @contextlib.contextmanager
+  def _diverging(self, done: int) -> Iterator[None]:
+    """Of an error, says where training diverged, if it is because of that.
+
+    Such as at an event, whose SVDs are the first to read what is not finite.
+    """
+    try:
+      yield
+    except ValueError:
+      self.recorder.log(settled=True)
+      if jax.process_count() == 1:  # else the others may be elsewhere
+        _check_finite(self.run.state.params, done)
+      raise
 
   def _is_last(self, done: int) -> bool:
     """Whether to end here; after a step at least, a callback may say so."""
@@ -294,7 +309,10 @@ class _Loop:
       self._save(done)
     if reason:
       self._tell()
-      raise interruptions.Interrupted(reason, done)
+      stopped = interruptions.Interrupted(reason, done)
+      goes_on = 'it goes on from there with resume=True, of a binary --resume'
+      logging.warning('%s; %s', stopped, goes_on if self.saved else 'not saved')
+      raise stopped
 
   def _save(self, step: int):
     if self.saved is None:
