@@ -103,7 +103,7 @@ def test_a_run_that_goes_back_converts_again(tmp_path):
 
 def test_another_conversion_is_another_run(tmp_path):
   fit(tmp_path, stop_at=12)
-  with pytest.raises(ValueError, match="conversion differ: 'step': 9 there, 8"):
+  with pytest.raises(ValueError, match="in its conversion: 'step': 9 there, 8"):
     fit(tmp_path, resume=True, conversion=conversion(step=8))
   fewer = functools.partial(cut, rank=2)
   with pytest.raises(ValueError, match='conversion differ'):

@@ -40,3 +40,6 @@ def test_its_programs_do_what_it_says(tmp_path, monkeypatch, capsys):
   assert max(oialr.ranks(result.params).values()) < 64
   assert (tmp_path / 'runs' / 'mine' / 'checkpoints' / '300').exists()
   assert report.write('runs/mine').exists()
+  count = oialr.count(names['params'])
+  assert count.trainable < 0.5 * count.dense
+  assert 'batch_stats' in names['statistics']

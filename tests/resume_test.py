@@ -173,12 +173,17 @@ def test_where_there_are_no_signals_runs_run(whole):
 @pytest.mark.parametrize(
   'changes, message',
   [
-    ({'seed': 1}, "its seed differ: 'seed': 0 there, 1 here"),
-    ({'net': training_test.Net()}, "parameters differ: 'norm/bias': float32"),
-    ({'schedule': None}, 'its layers differ'),
+    ({'seed': 1}, "in its seed: 'seed': 0 there, 1 here"),
+    ({'net': training_test.Net()}, "in its parameters: 'norm/bias': float32"),
+    ({'schedule': None}, 'in its layers: '),
+    (
+      {'optimizer': optax.sgd(0.1, momentum=0.9)},
+      r"in its optimiser: 'states': \[.*'ScaleByAdamState'.* there, "
+      r"\[.*'TraceState'.*\] here",
+    ),
     (
       {'schedule': oialr.Schedule(steps=STEPS, delay=8, every=7)},
-      "schedule differ: 'delay': 9 there, 8 here; 'cutoff': 0.4 there, 0.1",
+      "in its schedule: 'delay': 9 there, 8 here; 'cutoff': 0.4 there, 0.1",
     ),
   ],
 )

@@ -422,6 +422,57 @@ def test_wrong_compactions():
     training.Compaction(multiple_of=0)
 
 
+@pytest.mark.parametrize(
+  'loss_fn',
+  [
+    lambda p, s, batch, key: jnp.mean(batch['x'] @ p['w']),
+    lambda p, s, batch, key: (jnp.mean(batch['x'] @ p['w']), {}),
+    lambda p, s, batch, key: (jnp.mean(batch['x'] @ p['w']), (s, 1.0)),
+    lambda p, s, batch, key: (batch['x'] @ p['w'], (s, {})),
+  ],
+)
+def test_what_a_loss_has_to_return_is_said(loss_fn):
+  with pytest.raises(
+    ValueError, match=r'must return `loss, \(model_state, met'
+  ):
+    training.fit(
+      loss_fn,
+      {'w': jnp.ones((3, 2))},
+      [{'x': jnp.ones((8, 3))}],
+      optimizer=optax.sgd(1.0),
+      steps=1,
+    )
+
+
+def test_metrics_are_one_number_an_example():
+  batch = {'x': jnp.ones((8, 3))}
+  step = training.eval_step(lambda p, s, b: {'mse': jnp.mean(b['x'])})
+  with pytest.raises(ValueError, match=r"'mse' is of shape \(\); must be one"):
+    step({}, {}, batch)
+  step = training.eval_step(lambda p, s, b: {'mse': b['x']})
+  with pytest.raises(ValueError, match=r"'mse' is of shape \(8, 3\)"):
+    step({}, {}, batch)
+
+
+def test_a_batch_that_differs_is_named():
+  *_, batches, _ = problem(Net())
+  cut = lambda i, b: {**b, 'x': b['x'][:5]} if i == 12 else b
+  data = (cut(i, b) for i, b in enumerate(batches()))
+  message = r"the batch of step 12: 'x' is float32\[5,.*at first float32\[32,"
+  with pytest.raises(ValueError, match=message):
+    fit(data=data)
+
+
+def test_arguments_that_cannot_be_are_said(caplog):
+  with pytest.raises(ValueError, match='eval_data=list: must be a function'):
+    fit(eval_data=[1])
+  with pytest.raises(ValueError, match='must be a folder; mount the bucket'):
+    fit(workdir='gs://bucket/run')
+  late = oialr.Schedule(steps=STEPS, delay=9, every=500)
+  fit(schedule=late, steps=STEPS, stop_at=1)
+  assert 'ends before the first update, at step 509' in caplog.text
+
+
 def test_a_diverging_loss_stops_the_run_with_its_step():
   with pytest.raises(FloatingPointError, match='loss is (nan|inf) at step'):
     fit(schedule=None, optimizer=optax.sgd(1e30))

@@ -89,7 +89,9 @@ class Watch:
       self._signal = number
       restore()
       name = signal.Signals(number).name
-      print(f'{name}: stops after this step; again to stop now', file=sys.stderr)
+      print(
+        f'{name}: stops after this step; again to stop now', file=sys.stderr
+      )
 
     for number in before:
       signal.signal(number, handle)

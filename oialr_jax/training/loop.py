@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import json
 import pathlib
+import re
 from typing import Any
 
 from absl import logging
@@ -100,7 +101,8 @@ def fit(
     probe: measure how much every event changes the loss of the next batch.
     compilation_cache: keep compiled programs on disk for later runs, where
       `jax_compilation_cache_dir` is not set already.
-    workdir: for metrics.jsonl, TensorBoard events and checkpoints.
+    workdir: folder for metrics.jsonl, TensorBoard events and checkpoints. What
+      it holds of another run is deleted, unless `resume` is given.
     checkpoint_every: steps between checkpoints; there is one at the end anyway,
       and one when the run is told to stop.
     keep: which checkpoints stay.
@@ -134,6 +136,16 @@ def fit(
     raise ValueError(f'stop_at={stop_at}: must be in [1, {steps}].')
   if (eval_fn is None) != (eval_data is None):
     raise ValueError('eval_fn and eval_data go together: pass both or neither.')
+  if eval_data is not None and not callable(eval_data):
+    raise ValueError(
+      f'eval_data={type(eval_data).__name__}: must be a function that returns '
+      'the batches of an evaluation, such as lambda: batches.'
+    )
+  if workdir is not None and re.match(r'\w+:/', str(workdir)):
+    raise ValueError(
+      f'workdir={str(workdir)!r}: must be a folder; mount the bucket, such as '
+      'by gcsfuse, and pass where it is.'
+    )
   if schedule is not None and schedule.steps != steps:
     raise ValueError(
       f'schedule.steps={schedule.steps} is not steps={steps}: the delay and '
@@ -163,6 +175,11 @@ def fit(
   if jax.process_count() > 1:
     # Processes take the same decisions, but do not measure the same seconds.
     compaction = dataclasses.replace(compaction, reproducible=True)
+  if schedule is not None and len(schedule.events()) == 1:
+    logging.warning(
+      'the run ends before the first update, at step %s: nothing is pruned',
+      schedule.delay_steps + schedule.every,
+    )
   stop = stop_at or steps
   recorder = recorder_lib.Recorder()
   run = run_lib.Run(

@@ -50,7 +50,7 @@ class Result:
     records: the stream of records (see `callbacks`).
     seconds: by what the run waited for: 'training', 'compiling' (what was
       compiled beside the training is not in it), 'events', 'evaluating',
-      'tracking' and 'other'; together, those of the wall clock.
+      'tracking', 'saving' and 'other'; together, those of the wall clock.
     compilations: of the training step that were used.
     steps_per_second: since the step was last compiled.
   """
@@ -114,6 +114,7 @@ class Run:
     remat,
     probe,
   ):
+    loss_fn = steps_lib.checked(loss_fn)
     self._recorder = recorder
     self._place = placement
     self._data = data
@@ -217,6 +218,7 @@ class Run:
         f'data ended after {step} batches: pass an iterable of one batch for '
         'every step.'
       )
+    self._check(batch, step)
     self._catch_up(step)
     if self._ready_to_switch():
       self._take_switch(step)
@@ -230,6 +232,22 @@ class Run:
     if fresh:
       self._foresee(step)
     self._recorder.step(step + 1, metrics)
+
+  def _check(self, batch: PyTree, step: int):
+    """Refuses what the step was not compiled for."""
+    if jax.tree.map(_shape, batch) == self._batch:
+      return
+    mine, first = map(snapshots.shapes_of, (batch, self._batch))
+    differing = [
+      f'{path!r} is {mine.get(path)}, at first {first.get(path)}'
+      for path in {**first, **mine}
+      if mine.get(path) != first.get(path)
+    ]
+    if differing:
+      raise ValueError(
+        f'the batch of step {step}: {"; ".join(differing)}. Batches must be '
+        'alike: leave the remainder of an epoch out, or pad it.'
+      )
 
   def _fetch(self):
     if hasattr(self._data, 'get_state'):
@@ -658,7 +676,12 @@ class Run:
 
   def _identity(self) -> dict[str, Any]:
     return snapshots.identity(
-      self._dense, self._layers, self._schedule, self._conversion, self._seed
+      self._dense,
+      self._layers,
+      self._schedule,
+      self._conversion,
+      self._optimizer,
+      self._seed,
     )
 
   def like(self, manifest: checkpoint.Manifest) -> PyTree:

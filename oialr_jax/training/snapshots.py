@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 import jax
+import optax
 
 from oialr_jax import checkpoint
 from oialr_jax import layers as layers_lib
@@ -24,6 +25,7 @@ def identity(
   layers: Sequence[layers_lib.Layer],
   schedule: schedule_lib.Schedule | None,
   conversion: conversion_lib.Conversion | None,
+  optimizer: optax.GradientTransformation,
   seed: int,
 ) -> dict[str, Any]:
   """What has to be the same where a run is resumed.
@@ -35,11 +37,9 @@ def identity(
     layers: that the method is used on.
     schedule: of the method; None for a dense run.
     conversion: of another method.
+    optimizer: of the run.
     seed: of the run's key.
   """
-  shapes_of = lambda t: {
-    p: f'{x.dtype}{list(x.shape)}' for p, x in tree.flatten(t).items()
-  }
   converted = {}
   if conversion is not None:
     after = jax.eval_shape(lambda p: conversion.convert(p, layers), params)
@@ -49,6 +49,7 @@ def identity(
     'layers': {x.path: [*x.matrix, x.stack] for x in layers},
     'schedule': dataclasses.asdict(schedule) if schedule else {},
     'conversion': converted,
+    'optimiser': {'states': _states(jax.eval_shape(optimizer.init, params))},
     'seed': {'seed': seed},
   }
   return json.loads(json.dumps(found))  # as it is read again: without tuples
@@ -69,10 +70,30 @@ def check_same(mine: Mapping[str, Any], theirs: Mapping[str, Any]):
     ]
     if differing:
       raise ValueError(
-        f'the checkpoint is of another run, its {what} differ: '
+        f'the checkpoint is of another run; different in its {what}: '
         + '; '.join(differing[:5])
         + ('; ...' if len(differing) > 5 else '')
       )
+
+
+def shapes_of(arrays: PyTree) -> dict[str, str]:
+  """Dtype and shape by path, to be read."""
+  return {
+    p: f'{x.dtype}{list(x.shape)}' for p, x in tree.flatten(arrays).items()
+  }
+
+
+def _states(opt_state: PyTree) -> list[str]:
+  """The classes that a state is made of, in order."""
+  names = []
+
+  def note(node) -> bool:
+    if hasattr(node, '_fields') or dataclasses.is_dataclass(node):
+      names.append(type(node).__name__)
+    return False
+
+  jax.tree.flatten(opt_state, is_leaf=note)
+  return names
 
 
 def shapes(

@@ -131,17 +131,44 @@ def train_step(
   return step
 
 
+def checked(loss_fn: LossFn) -> LossFn:
+  """The loss; what it returns is checked when it is traced."""
+
+  @functools.wraps(loss_fn)
+  def checked_loss(params, model_state, batch, key):
+    out = loss_fn(params, model_state, batch, key)
+    match out:
+      case (loss, (_, Mapping())) if jnp.shape(loss) == ():
+        return out
+    found = jax.tree.map(lambda x: f'{jnp.shape(x)}', out)
+    raise ValueError(
+      'loss_fn must return `loss, (model_state, metrics)`: a scalar, what the '
+      f'model carries and a dict of scalars; of these shapes it is: {found}.'
+    )
+
+  return checked_loss
+
+
 def eval_step(
   eval_fn: EvalFn, contraction: Contraction = 'auto', *, shards: int = 1
 ) -> Callable[[PyTree, PyTree, Batch], tuple[Metrics, Array]]:
   """Returns `step(params, model_state, batch) -> sums, count`, to be jitted.
 
   Examples whose `batch['mask']` is 0 are padding: they count as none.
+
+  Raises:
+    ValueError: a metric is not one number an example.
   """
   eval_fn = factored(eval_fn, contraction=contraction, shards=shards)
 
   def step(params: PyTree, model_state: PyTree, batch: Batch):
     metrics = eval_fn(params, model_state, batch)
+    for name, values in metrics.items():
+      if jnp.ndim(values) != 1:
+        raise ValueError(
+          f'eval_fn: {name!r} is of shape {jnp.shape(values)}; must be one '
+          'number an example, of shape (examples,): means are taken here.'
+        )
     mask = batch.get('mask') if isinstance(batch, Mapping) else None
     if mask is None:
       mask = jnp.ones(next(iter(metrics.values())).shape[:1])
