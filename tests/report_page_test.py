@@ -62,7 +62,7 @@ def test_page_has_the_numbers_of_the_runs(text):
   assert run['mean rank'] == '2' and run['seconds'] == '6'
   assert dict(zip(head, dense))['mean rank'] == '\u2013'
   assert rows(text, 'Seconds')[2][:3] == ['oialr-0', '3', '2']
-  assert ['oialr/cutoff', '0.1'] in rows(text, 'Settings')
+  assert ['oialr.cutoff', '0.1'] in rows(text, 'Settings')
   assert 'class="missing"' not in text
 
 

@@ -39,8 +39,8 @@ def test_reads_runs_settings_and_results(tmp_path):
   )
   assert read.settings == {
     'steps': '40',
-    'oialr/cutoff': '0.1',
-    'oialr/every': '10',
+    'oialr.cutoff': '0.1',
+    'oialr.every': '10',
     'name': 'x',
   }
   assert read.results == (
@@ -157,6 +157,8 @@ def test_names_tell_workdirs_and_their_runs_apart(tmp_path):
   by_name, found = runs.named(read)
   assert [*by_name] == [str(f) for f in folders]
   assert f'{folders[1]}/oialr-0' in found and len(found) == 4
+  alone = [report.read(folders[0] / run) for run in ('dense-0', 'oialr-0')]
+  assert [*runs.named(alone)[1]] == ['dense-0', 'oialr-0']
 
 
 ODD = [None, 'x', -1, 0, 1e308, -7.5, [], {}, [1], ['a'], {'a': 1}, True]

@@ -41,7 +41,7 @@ class Workdir:
   Attributes:
     folder: where.
     runs: by their names.
-    settings: of config.json, as text; 'oialr/cutoff' for what is nested.
+    settings: of config.json, as text; 'oialr.cutoff' for what is nested, as flags have it.
     results: of result.json, rows of texts and numbers; of a method with
       several runs, the numbers of all of them.
     missing: as of `Run`.
@@ -99,17 +99,23 @@ def named(
   """Workdirs, and their runs, by names that tell them apart.
 
   Those are the last parts of their paths, or all of them where these are the
-  same; runs have their workdir's before their own where there are several.
+  same; runs have their workdir's before their own where there are several, if
+  they are not all that it is.
   """
   names = [w.folder.resolve().name for w in workdirs]
   if len(set(names)) < len(names):
     names = [str(w.folder) for w in workdirs]
   by_name = dict(zip(names, workdirs))
-  runs = {
-    run.name if len(by_name) == 1 else f'{name}/{run.name}': run
-    for name, workdir in by_name.items()
-    for run in workdir.runs
-  }
+  runs = {}
+  for name, workdir in by_name.items():
+    alone = [run.name for run in workdir.runs] == [
+      workdir.folder.resolve().name
+    ]
+    for run in workdir.runs:
+      if len(by_name) == 1:
+        runs[run.name] = run
+      else:
+        runs[name if alone else f'{name}/{run.name}'] = run
   return by_name, runs
 
 
@@ -282,7 +288,7 @@ def _flat(values: Any, path: str = '') -> Iterator[tuple[str, str]]:
     raise ValueError('not an object')
   for name, value in values.items():
     if isinstance(value, dict) and value:
-      yield from _flat(value, f'{path}{name}/')
+      yield from _flat(value, f'{path}{name}.')
     elif isinstance(value, str):
       yield f'{path}{name}', value
     else:
