@@ -72,7 +72,8 @@ def fit(
   Args:
     loss_fn: `(params, model_state, batch, key) -> loss, (model_state, metrics)`
       for dense parameters, as one would write it without this package.
-    params: parameters to start from; dense, as a rule.
+    params: parameters to start from; dense, as a rule. Low-rank ones stay so,
+      and updates take them in.
     data: batches, one a step.
     optimizer: any Optax chain; it is wrapped by `train_sigma`.
     steps: optimiser steps of the whole run.
