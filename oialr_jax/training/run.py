@@ -237,16 +237,15 @@ class Run:
     """Refuses what the step was not compiled for."""
     if jax.tree.map(_shape, batch) == self._batch:
       return
-    mine, first = map(snapshots.shapes_of, (batch, self._batch))
-    differing = [
-      f'{path!r} is {mine.get(path)}, at first {first.get(path)}'
-      for path in {**first, **mine}
-      if mine.get(path) != first.get(path)
-    ]
+    now, first = map(snapshots.shapes_of, (batch, self._batch))
+    differing = '; '.join(
+      f'{path!r} is {x}, at first {y}'
+      for path, (x, y) in snapshots.differing(now, first).items()
+    )
     if differing:
       raise ValueError(
-        f'the batch of step {step}: {"; ".join(differing)}. Batches must be '
-        'alike: leave the remainder of an epoch out, or pad it.'
+        f'the batch of step {step}: {differing}. Batches must be alike: leave '
+        'the remainder of an epoch out, or pad it.'
       )
 
   def _fetch(self):

@@ -63,17 +63,25 @@ def check_same(mine: Mapping[str, Any], theirs: Mapping[str, Any]):
   """
   for what, values in mine.items():
     others = theirs.get(what, {})  # an older release says less
-    differing = [
-      f'{k!r}: {others.get(k)} there, {values.get(k)} here'
-      for k in {**values, **others}
-      if others.get(k) != values.get(k)
+    found = [
+      f'{name!r}: {there} there, {here} here'
+      for name, (here, there) in differing(values, others).items()
     ]
-    if differing:
+    if found:
       raise ValueError(
         f'the checkpoint is of another run; different in its {what}: '
-        + '; '.join(differing[:5])
-        + ('; ...' if len(differing) > 5 else '')
+        + '; '.join(found[:5])
+        + ('; ...' if len(found) > 5 else '')
       )
+
+
+def differing(
+  one: Mapping[str, Any], other: Mapping[str, Any]
+) -> dict[str, tuple[Any, Any]]:
+  """By name, the values of both where they are not the same."""
+  names = {**one, **other}
+  pairs = {name: (one.get(name), other.get(name)) for name in names}
+  return {name: (x, y) for name, (x, y) in pairs.items() if x != y}
 
 
 def shapes_of(arrays: PyTree) -> dict[str, str]:
