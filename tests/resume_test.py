@@ -136,7 +136,16 @@ class Kill(training.Callback):
       os.kill(os.getpid(), self.number)
 
 
+@pytest.fixture
+def foreground():
+  """Ctrl-C is heard, also where the tests were started in the background."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize('name', ['SIGTERM', 'SIGINT'])
+@pytest.mark.usefixtures('foreground')
 def test_a_signal_saves_and_stops(whole, tmp_path, name, capsys):
   number = signal.Signals[name]
   before = signal.getsignal(number)
@@ -148,6 +157,14 @@ def test_a_signal_saves_and_stops(whole, tmp_path, name, capsys):
   assert_same(fit(tmp_path, resume=True), whole)
 
 
+@pytest.mark.usefixtures('foreground')
+def test_an_ignored_signal_stays_ignored():
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  fit(callbacks=[Kill(signal.SIGINT, 12)], stop_at=13)
+  assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+@pytest.mark.usefixtures('foreground')
 def test_a_second_interrupt_stops_at_once(tmp_path):
   twice = Kill(signal.SIGINT, 12), Kill(signal.SIGINT, 12)
   with pytest.raises(KeyboardInterrupt):

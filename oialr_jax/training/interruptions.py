@@ -80,6 +80,8 @@ class Watch:
       yield
       return
     before = {x: signal.getsignal(x) for x in (signal.SIGTERM, signal.SIGINT)}
+    # What is started in the background by a shell's script ignores Ctrl-C.
+    before = {x: h for x, h in before.items() if h is not signal.SIG_IGN}
 
     def restore():
       for number, handler in before.items():
