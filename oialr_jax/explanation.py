@@ -1,6 +1,6 @@
 """What the method would do to a model, said before anything is trained."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 import functools
 import math
@@ -24,12 +24,15 @@ class Explanation:
       in their kernels.
     ranks: by path, that were asked for; None where none were. Layers that are
       not among them stay dense.
+    kept: paths of layers that `select` keeps dense, unless it is told not to;
+      none where layers alone were explained.
   """
 
   layers: tuple[layers_lib.Layer, ...]
   reasons: dict[str, str]
   parameters: int
   ranks: dict[str, int] | None = None
+  kept: frozenset[str] = frozenset()
 
   @functools.cached_property
   def totals(self) -> dict[str, int]:
@@ -65,7 +68,8 @@ class Explanation:
       note = (
         layer.multiplied_out and f', multiplied out: {layer.multiplied_out}'
       )
-      rows.append((*cells, f'yes{note}'))
+      kept = ', but not by default' if layer.path in self.kept else ''
+      rows.append((*cells, f'yes{kept}{note}'))
     for path, why in self.reasons.items():
       rows.append((path, *[''] * (len(columns) - 1), why))
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -125,8 +129,9 @@ def explain(
   """
   if callable(layers_or_fn):
     layers, reasons = layers_lib.read(layers_or_fn, params, args, kwargs)
+    kept = _kept(layers)
   else:
-    layers, reasons = _checked(layers_or_fn), {}
+    layers, reasons, kept = _checked(layers_or_fn), {}, frozenset()
   leaves = {layer.path: layer for layer in layers}
   if params is not None:
     leaves = tree.flatten(params, lowrank.is_factored)
@@ -134,7 +139,16 @@ def explain(
   shapes = [x.shape for x in leaves.values() if hasattr(x, 'shape')]
   if ranks is not None:
     ranks = _fitted(layers, ranks)
-  return Explanation(layers, reasons, sum(map(math.prod, shapes)), ranks)
+  parameters = sum(map(math.prod, shapes))
+  return Explanation(layers, reasons, parameters, ranks, kept)
+
+
+def _kept(layers: Sequence[layers_lib.Layer]) -> frozenset[str]:
+  try:
+    chosen = layers_lib.select(layers)
+  except ValueError:  # none is left
+    chosen = ()
+  return frozenset(x.path for x in layers) - {x.path for x in chosen}
 
 
 def _checked(

@@ -1,5 +1,6 @@
 """Tests of what is said of a model before anything is trained."""
 
+import functools
 import math
 import re
 import time
@@ -82,12 +83,33 @@ def test_explain_says_what_is_multiplied_out():
   ways = [row[columns.index('computed as')] for row in rows]
   notes = [row[-1] for row in rows]
   for layer, way, note in zip(found.layers, ways, notes, strict=True):
+    yes = 'yes, but not by default' if layer.path in found.kept else 'yes'
     if layer.multiplied_out:
       assert way == 'materialise'
-      assert note == f'yes, multiplied out: {layer.multiplied_out}'
+      assert note == f'{yes}, multiplied out: {layer.multiplied_out}'
     else:
-      assert (way, note) == ('factors', 'yes')
-  assert [note == 'yes' for note in notes] == [False] * 4 + [True]
+      assert (way, note) == ('factors', yes)
+  assert ['multiplied' in note for note in notes] == [True] * 4 + [False]
+
+
+def test_explain_says_what_select_keeps_dense():
+  shapes = {
+    'head': jnp.ones((16, 10)),
+    'stem': jnp.ones((20, 12)),
+    'thin': jnp.ones((12, 7)),
+    'wide': jnp.ones((7, 16)),
+    'last': jnp.ones((10, 10)),
+  }
+  chain = ('stem', 'thin', 'wide', 'head', 'last')
+  forward = lambda p, x: functools.reduce(lambda x, k: x @ p[k], chain, x)
+  found = oialr.explain(forward, shapes, jnp.ones((4, 20)))
+  assert found.kept == {'thin', 'wide', 'last'}
+  _, rows = _table(found)
+  notes = {row[0]: row[-1] for row in rows}
+  assert notes['stem'] == notes['head'] == 'yes'
+  assert notes['thin'] == notes['last'] == 'yes, but not by default'
+  layers = oialr.find_layers(forward, shapes, jnp.ones((4, 20)))
+  assert 'but not' not in str(oialr.explain(layers))
 
 
 def test_explain_at_ranks_prints_what_they_cost():
