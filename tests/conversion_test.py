@@ -106,7 +106,7 @@ def test_another_conversion_is_another_run(tmp_path):
   with pytest.raises(ValueError, match="in its conversion: 'step': 9 there, 8"):
     fit(tmp_path, resume=True, conversion=conversion(step=8))
   fewer = functools.partial(cut, rank=2)
-  with pytest.raises(ValueError, match='conversion differ'):
+  with pytest.raises(ValueError, match='in its conversion'):
     fit(tmp_path, resume=True, conversion=conversion(convert=fewer))
   with pytest.raises(ValueError, match='another run'):
     fit(tmp_path, resume=True, conversion=None)

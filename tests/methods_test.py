@@ -206,7 +206,7 @@ def test_at_full_rank_from_the_first_step_training_is_dense():
 @pytest.mark.parametrize('name', ['galore', 'lora_style', 'dlrt'])
 def test_a_run_that_was_killed_goes_on(name, tmp_path):
   with pytest.raises(KeyboardInterrupt):
-    fit(name, tmp_path, stopping=resume_test.Stop(13), checkpoint_every=6)
+    fit(name, tmp_path, callbacks=[resume_test.Stop(13)], checkpoint_every=6)
   found = fit(name, tmp_path, resume=True)
   jax.tree.map(np.testing.assert_array_equal, found.state, result(name).state)
   np.testing.assert_array_equal(losses(found), losses(result(name)))
