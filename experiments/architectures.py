@@ -12,7 +12,6 @@ those that are in it are left out. See experiments/configs/architectures.py.
 from collections.abc import Iterable
 import dataclasses
 import functools
-import itertools
 from typing import Any
 
 import jax
@@ -46,7 +45,12 @@ def main(config: Config, options: cli.Options):
     free=_GRID,
     resume=options.resume,
   )
-  grid = itertools.product(config.networks, config.methods, config.seeds)
+  grid = [
+    (network, method, seed)
+    for network in config.networks
+    for seed in config.seeds
+    for method in config.methods
+  ]
   try:
     rows.fill(grid, functools.partial(_run, config, options))
   finally:

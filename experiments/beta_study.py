@@ -13,7 +13,6 @@ experiments/configs/beta_study.py.
 from collections.abc import Iterable
 import dataclasses
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +45,7 @@ def main(config: Config, options: cli.Options):
   task = image_sets.Task.of_images(recipe.model(config), images, config)
   try:
     rows.fill(
-      itertools.product((None, *config.cutoffs), config.seeds),
+      [(x, seed) for seed in config.seeds for x in (None, *config.cutoffs)],
       functools.partial(_run, config, options, task),
     )
   finally:

@@ -218,7 +218,6 @@ class Run:
         f'data ended after {step} batches: pass an iterable of one batch for '
         'every step.'
       )
-    self._check(batch, step)
     self._catch_up(step)
     if self._ready_to_switch():
       self._take_switch(step)
@@ -226,7 +225,11 @@ class Run:
     if fresh:
       self._use(step, self._step_program())
     with self._recorder.clock('training'):
-      self.state, metrics = self._program(self.state, batch, self._key)
+      try:
+        self.state, metrics = self._program(self.state, batch, self._key)
+      except TypeError:  # of arguments that it was not compiled for
+        self._check(batch, step)
+        raise
       # The next batch is made while the device works on this one.
       self._next = self._fetch()
     if fresh:
@@ -234,9 +237,7 @@ class Run:
     self._recorder.step(step + 1, metrics)
 
   def _check(self, batch: PyTree, step: int):
-    """Refuses what the step was not compiled for."""
-    if jax.tree.map(_shape, batch) == self._batch:
-      return
+    """Refuses a batch that is unlike the first one."""
     now, first = map(snapshots.shapes_of, (batch, self._batch))
     differing = '; '.join(
       f'{path!r} is {x}, at first {y}'
@@ -656,7 +657,7 @@ class Run:
     if sigmas:
       arrays['sigmas'] = list(sigmas.values())
     return arrays, {
-      'run': self._identity(),
+      'run': self._identity,
       'ranks': {path: node.rank for path, node in nodes.items()},
       'live_ranks': self._ranks,
       'converted': self._converted,
@@ -673,6 +674,7 @@ class Run:
       'compile_seconds': self._compile_seconds,
     }
 
+  @functools.cached_property
   def _identity(self) -> dict[str, Any]:
     return snapshots.identity(
       self._dense,
@@ -689,7 +691,7 @@ class Run:
     Raises:
       ValueError: it is of another run; says what differs.
     """
-    snapshots.check_same(self._identity(), manifest['run'])
+    snapshots.check_same(self._identity, manifest['run'])
     params = self._dense
     if manifest.get('converted'):
       convert = functools.partial(self._conversion.convert, layers=self._layers)
