@@ -21,7 +21,7 @@ def start(workdir, *options, processes=PROCESSES):
     s.bind(('localhost', 0))
     port = str(s.getsockname()[1])
   variables = {
-    'XLA_FLAGS': f'--xla_force_host_platform_device_count={DEVICES}',
+    'XLA_FLAGS': parallel_test.with_devices(DEVICES),
     'JAX_PLATFORMS': 'cpu',
   }
   numbers = [str(processes)], [str(i) for i in range(processes)]

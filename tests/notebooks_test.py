@@ -17,9 +17,6 @@ ROOT = pathlib.Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / 'experiments' / 'notebooks').glob('*.ipynb'))
 EXECUTED = ROOT / 'build' / 'notebooks'
 
-# Compiling takes most of the time: half of it is LLVM's optimisation.
-QUICK = '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false'
-
 # Warnings are errors, as in all tests, but for those of the kernel itself.
 STRICT = """
 import warnings
@@ -71,9 +68,7 @@ def test_a_notebook_runs_and_what_it_asserts_holds(path, tmp_path):
     resources={'metadata': {'path': tmp_path}},
   )
   try:
-    client.execute(
-      env=os.environ | {'PYTHONPATH': str(ROOT), 'XLA_FLAGS': QUICK}
-    )
+    client.execute(env=os.environ | {'PYTHONPATH': str(ROOT)})
   finally:
     EXECUTED.mkdir(parents=True, exist_ok=True)
     nbformat.write(notebook, EXECUTED / path.name)
