@@ -16,6 +16,7 @@ import pytest
 import oialr_jax as oialr
 from oialr_jax import models
 from oialr_jax.models import autoformer
+from oialr_jax.models import common
 from tests import oracles
 
 GOLDEN = pathlib.Path(__file__).parent / 'data' / 'autoformer_small.npz'
@@ -183,7 +184,7 @@ def test_training_drops_out_by_its_key():
       *args,
       train=True,
       rngs={'dropout': jax.random.key(seed)},
-      capture_intermediates=lambda m, _: isinstance(m, flax.linen.Dropout),
+      capture_intermediates=lambda m, _: isinstance(m, common.Dropout),
       mutable=['intermediates'],
     )
     return flax.traverse_util.flatten_dict(state['intermediates'], sep='/')

@@ -2,10 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import oialr_jax as oialr
 from oialr_jax import models
+from oialr_jax.models import common
 
 
 @pytest.mark.parametrize(
@@ -62,3 +64,33 @@ def test_unknown_activations_are_met_with_those_there_are(make):
     ValueError, match="activation='elu': must be one of gelu,"
   ):
     make(activation='elu')
+
+
+@pytest.mark.parametrize('features', [1, 3, 8])
+def test_dropout_keeps_the_mean_and_draws_every_element_alone(features):
+  rate = 0.25
+  x = jnp.ones((30_000, features))
+  drop = common.Dropout(rate, deterministic=False)
+  out = np.asarray(drop.apply({}, x, rngs={'dropout': jax.random.key(0)}))
+  assert set(np.unique(out)) == {0, np.float32(1 / (1 - rate))}
+  kept = out != 0
+  # Five deviations of a mean over 30,000 draws.
+  near = dict(rtol=0, atol=5 * 0.5 / 30_000**0.5)
+  np.testing.assert_allclose(kept.mean(0), 1 - rate, **near)
+  # Independent of those beside it, as half-words of a word would not be if
+  # their bits were shared.
+  together = kept[:, :-1] & kept[:, 1:]
+  np.testing.assert_allclose(together.mean(0), (1 - rate) ** 2, **near)
+
+
+def test_dropout_draws_nothing_that_it_does_not_need():
+  x = jnp.ones((2, 3))
+  for drop in common.Dropout(0.5, True), common.Dropout(0.0, False):
+    np.testing.assert_array_equal(drop.apply({}, x), x)
+  drop = common.Dropout(0.5, deterministic=False)
+  text = str(
+    jax.make_jaxpr(lambda x, k: drop.apply({}, x, rngs={'dropout': k}))(
+      jnp.ones((4, 8), jnp.bfloat16), jax.random.key(0)
+    )
+  )
+  assert 'u32[4,4]' in text and 'u32[4,8]' not in text

@@ -298,7 +298,7 @@ class EncoderLayer(nn.Module):
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> Array:
     """`[batch, time, d_model]` of the same."""
-    drop = nn.Dropout(self.dropout, deterministic=not train)
+    drop = common.Dropout(self.dropout, deterministic=not train)
     x = x + drop(self.attention(name='attention')(x, x, train))
     x, _ = decompose(x, self.moving_avg)
     x = x + _feed_forward(self.conv, self.d_ff, drop, x)
@@ -330,7 +330,7 @@ class DecoderLayer(nn.Module):
 
     The trend is what the three decompositions took out of `x`, projected.
     """
-    drop = nn.Dropout(self.dropout, deterministic=not train)
+    drop = common.Dropout(self.dropout, deterministic=not train)
     x = x + drop(self.attention(name='self_attention')(x, x, train))
     x, trend_1 = decompose(x, self.moving_avg)
     x = x + drop(self.attention(name='cross_attention')(x, memory, train))
@@ -418,7 +418,7 @@ class Embedding(nn.Module):
     )
     value = _Within(conv, 'tokenConv', name='value_embedding')(x)
     time = _Within(dense, 'embed', name='temporal_embedding')(mark)
-    return nn.Dropout(self.dropout, deterministic=not train)(value + time)
+    return common.Dropout(self.dropout, deterministic=not train)(value + time)
 
 
 class SeasonalNorm(nn.Module):

@@ -9,6 +9,7 @@ from typing import Any
 
 from flax import linen as nn
 import jax
+from jax import lax
 import jax.numpy as jnp
 
 Array = jax.Array
@@ -24,7 +25,7 @@ def gelu(x: Array) -> Array:
 
   JAX's own is by erfc, more exact in the far tail and, on CPUs, twice as slow.
   """
-  return 0.5 * x * (1 + jax.lax.erf(x * jnp.array(0.5**0.5, x.dtype)))
+  return 0.5 * x * (1 + lax.erf(x * jnp.array(0.5**0.5, x.dtype)))
 
 
 ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
@@ -41,6 +42,37 @@ def check_activation(name: str) -> None:
     raise ValueError(
       f'activation={name!r}: must be one of {", ".join(ACTIVATIONS)}.'
     )
+
+
+class Dropout(nn.Module):
+  """Sets elements to zero at random, each by 16 bits.
+
+  flax's `nn.Dropout` draws 32 bits for each, and on CPUs these take a sixth of
+  an Autoformer's step. What is kept is scaled by 1 / (1 - rate), of the rate
+  rounded to 2^-16. Draws from the rng 'dropout'.
+
+  Attributes:
+    rate: the probability of an element to be dropped, below 1.
+    deterministic: drops nothing.
+  """
+
+  rate: float
+  deterministic: bool
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    """`x`, `[..., features]`, with some elements set to zero."""
+    if self.deterministic or self.rate == 0:
+      return x
+    *outer, features = x.shape
+    # Halves of a word lie side by side, so that no sharding of x is in the way.
+    words = jax.random.bits(
+      self.make_rng('dropout'), (*outer, -(-features // 2))
+    )
+    bits = lax.bitcast_convert_type(words, jnp.uint16)
+    bits = bits.reshape(*outer, -1)[..., :features]
+    dropped = round(self.rate * 2**16)
+    return jnp.where(bits < dropped, 0, x / (1 - dropped / 2**16))
 
 
 class DropPath(nn.Module):
@@ -92,7 +124,7 @@ class MlpBlock(nn.Module):
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> Array:
     """`[..., features]` of `[..., features]`."""
-    drop = nn.Dropout(self.dropout, deterministic=not train)
+    drop = Dropout(self.dropout, deterministic=not train)
     hidden = self.dense(self.width, name='fc1')(x)
     hidden = drop(ACTIVATIONS[self.activation](hidden))
     return drop(self.dense(x.shape[-1], name='fc2')(hidden))

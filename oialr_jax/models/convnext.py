@@ -180,5 +180,5 @@ class Head(nn.Module):
   def __call__(self, x: Array, train: bool = False) -> Array:
     """Logits `[batch, classes]` of `[batch, height, width, channels]`."""
     x = self.norm(name='norm')(x.mean((1, 2)))
-    x = nn.Dropout(self.dropout, deterministic=not train)(x)
+    x = common.Dropout(self.dropout, deterministic=not train)(x)
     return self.dense(name='fc')(x)

@@ -80,7 +80,7 @@ class Gpt(nn.Module):
     shape = self.context, self.embed_dim
     positions = self.param('wpe', init, shape, self.param_dtype)
     x = embed(tokens) + positions[:length].astype(self.dtype)
-    x = nn.Dropout(self.dropout, deterministic=not train)(x)
+    x = common.Dropout(self.dropout, deterministic=not train)(x)
     for i in range(self.depth):
       block = vit.Block(
         num_heads=self.num_heads,

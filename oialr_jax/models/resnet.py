@@ -96,7 +96,7 @@ class ResNet(nn.Module):
         name = f'layer{i + 1}_{j}'
         features = self.width * 2**i
         x = block(features, stride, drop_path=next(rates), name=name)(x, train)
-    x = nn.Dropout(self.dropout, deterministic=not train)(x.mean((1, 2)))
+    x = common.Dropout(self.dropout, deterministic=not train)(x.mean((1, 2)))
     return nn.Dense(
       self.num_classes,
       dtype=self.param_dtype,

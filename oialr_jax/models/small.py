@@ -88,7 +88,7 @@ class MnistCnn(nn.Module):
     x = x.reshape(x.shape[0], -1)
     x = nn.Dense(self.width, dtype=self.dtype, name='hidden')(x)
     x = activate(self._norm(x, 'norm_hidden', train))
-    x = nn.Dropout(self.dropout, deterministic=not train)(x)
+    x = common.Dropout(self.dropout, deterministic=not train)(x)
     return nn.Dense(self.num_classes, dtype=self.dtype, name='head')(x)
 
   def _norm(self, x: Array, name: str, train: bool) -> Array:

@@ -144,7 +144,7 @@ class Vit(nn.Module):
     shape = (1, *x.shape[1:])
     pos = self.param('pos_embed', common.normal_init, shape, self.param_dtype)
     x = x + pos.astype(x.dtype)
-    return nn.Dropout(self.dropout, deterministic=not train)(x)
+    return common.Dropout(self.dropout, deterministic=not train)(x)
 
 
 class Block(nn.Module):
@@ -232,4 +232,4 @@ class Attention(nn.Module):
       force_fp32_for_softmax=True,
     )
     x = self.dense(features, name='proj')(x.reshape(*x.shape[:2], features))
-    return nn.Dropout(self.dropout, deterministic=not train)(x)
+    return common.Dropout(self.dropout, deterministic=not train)(x)
