@@ -150,6 +150,9 @@ def test_a_short_run_draws_nothing(monkeypatch):
 def test_pictures_are_of_what_there_is():
   assert not writers.pictures(RECORDS[:1])
   assert list(writers.pictures(long()[:1])) == ['stability']
+  # Of a run whose layers were converted, and that has no events.
+  converted = {'kind': 'conversion', 'step': 0, 'ranks': {'a': 3}}
+  assert not writers.pictures([converted, *RECORDS[:1]])
 
 
 def test_tensorboard_holds_numbers_and_pictures(tmp_path):

@@ -178,11 +178,13 @@ def pictures(records: Sequence[Record]) -> dict[str, np.ndarray]:
   from matplotlib.backends import backend_agg
 
   from oialr_jax.report import plots
+  from oialr_jax.report import series
 
   figures = {}
-  if any(r.get('ranks') for r in records):
+  # A conversion has ranks as well, but nothing that says how they go on.
+  if series.holding(records, 'event', 'ranks'):
     figures['ranks'] = plots.ranks(records)
-  if any(r['kind'] == 'stability' for r in records):
+  if series.holding(records, 'stability', 'stability'):
     figures['stability'] = plots.stability(records)
   drawn = {}
   for name, figure in figures.items():
