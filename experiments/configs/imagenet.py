@@ -6,6 +6,7 @@ dense with about 16 % of the parameters trainable, for ViT-B/16 and ResNet-RS-10
 Command: python -m experiments.imagenet --data_dir=FOLDER_OF_TFDS
   --config=experiments/configs/imagenet.py:resnetrs101
 Hardware and minutes: GPUs or TPUs, not measured; a full run was not done here.
+Fifty steps of 8 images on a CPU core take 6 to 15 minutes (BUILD_NOTES.md).
 Expected: the dense run and OIALR within noise of each other, as published; not
 measured.
 

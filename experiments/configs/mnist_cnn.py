@@ -3,7 +3,8 @@
 Command: python -m experiments.mnist_cnn --data_dir=FOLDER_OF_TFDS
   All methods: --config.methods=dense,oialr,fixed_rank,svd_prune,svd_init,galore,\
 lora_style,dlrt
-Hardware and minutes: a CPU core, 2 to 4 minutes a run, of dlrt 10 (BUILD_NOTES.md).
+Hardware and minutes: a CPU core, 2 to 4 minutes a run, 10 of dlrt (see
+BUILD_NOTES.md).
 Expected: dense at least 99.0 %, OIALR within 0.2 points of it with at most
 15 % of the parameters trainable and at most 30 % stored.
 """
