@@ -92,7 +92,7 @@ def check_dropout(out, expected, rate):
   zero = np.asarray(out == 0)
   assert abs(zero.mean() - rate) < 0.03
   np.testing.assert_allclose(
-    out[~zero], expected[~zero] / (1 - rate), rtol=1e-5, atol=1e-6
+    out[~zero], expected[~zero] / (1 - rate), rtol=1e-5
   )
 
 

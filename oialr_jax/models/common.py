@@ -47,9 +47,8 @@ def check_activation(name: str) -> None:
 class Dropout(nn.Module):
   """Sets elements to zero at random, each by 16 bits.
 
-  flax's `nn.Dropout` draws 32 bits for each, and on CPUs these take a sixth of
-  an Autoformer's step. What is kept is scaled by 1 / (1 - rate), of the rate
-  rounded to 2^-16. Draws from the rng 'dropout'.
+  flax's `nn.Dropout` draws 32 bits for each. What is kept is scaled by
+  1 / (1 - rate), of the rate rounded to 2^-16. Draws from the rng 'dropout'.
 
   Attributes:
     rate: the probability of an element to be dropped, below 1.

@@ -5,7 +5,7 @@ Matplotlib figure. Layers are named by their paths, time is optimiser steps. Wha
 the records do not hold is not drawn.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 import pathlib
 import re
 from typing import Any
@@ -53,8 +53,15 @@ def of_runs(runs: Mapping[str, Records]) -> dict[str, Figure]:
   return figures
 
 
-def of_run(records: Records) -> dict[str, Figure]:
-  """The pictures of what the method did in a run, by name: likewise."""
+def of_run(
+  records: Records, names: Container[str] | None = None
+) -> dict[str, Figure]:
+  """The pictures of what the method did in a run, by name: likewise.
+
+  Args:
+    records: of the run.
+    names: draws these alone; None: all.
+  """
   there = {
     stability: series.holding(records, 'stability', 'stability'),
     r_distance: series.holding(records, 'stability', 'r_distance'),
@@ -62,7 +69,11 @@ def of_run(records: Records) -> dict[str, Figure]:
     sizes: series.of(records, 'event') and _carried(records),
     spectra: series.spectra(records)[0],
   }
-  return {draw.__name__: draw(records) for draw, x in there.items() if x}
+  return {
+    draw.__name__: draw(records)
+    for draw, x in there.items()
+    if x and (names is None or draw.__name__ in names)
+  }
 
 
 def write(

@@ -178,16 +178,10 @@ def pictures(records: Sequence[Record]) -> dict[str, np.ndarray]:
   from matplotlib.backends import backend_agg
 
   from oialr_jax.report import plots
-  from oialr_jax.report import series
 
-  figures = {}
-  # A conversion has ranks as well, but nothing that says how they go on.
-  if series.holding(records, 'event', 'ranks'):
-    figures['ranks'] = plots.ranks(records)
-  if series.holding(records, 'stability', 'stability'):
-    figures['stability'] = plots.stability(records)
+  figures = plots.of_run(records, ('ranks', 'stability'))
   drawn = {}
-  for name, figure in figures.items():
+  for name, figure in sorted(figures.items()):
     canvas = backend_agg.FigureCanvasAgg(figure)
     canvas.draw()
     drawn[name] = np.array(canvas.buffer_rgba())[..., :3]
