@@ -20,13 +20,6 @@ PLAIN = data.Augmentation(mean=(0.0,) * 3, std=(1.0,) * 3)
 KEY = jax.random.key(0)
 
 
-def quick_jit(function):
-  """Compiling is most of these tests' time."""
-  return jax.jit(
-    function, compiler_options={'xla_backend_optimization_level': 0}
-  )
-
-
 def config(**changes):
   fields = dict(mean=(0.0,) * 3, std=(1.0,) * 3)
   return data.Augmentation(**fields | changes)
@@ -40,12 +33,12 @@ def images(count, height=12, width=16):
 
 def augment(options, batch, key=KEY, classes=4):
   function = functools.partial(data.augment, config=options, classes=classes)
-  return jax.tree.map(np.asarray, quick_jit(function)(batch, key))
+  return jax.tree.map(np.asarray, jax.jit(function)(batch, key))
 
 
 def distort(options, image, key=KEY):
   function = functools.partial(data.distort, config=options)
-  return np.asarray(quick_jit(function)(image, key))
+  return np.asarray(jax.jit(function)(image, key))
 
 
 def test_presets_are_the_published_settings():
@@ -108,7 +101,7 @@ def test_nothing_configured_is_normalisation_only():
   np.testing.assert_array_equal(found['mask'], np.ones(4))
   assert found['image'].dtype == np.float32
   np.testing.assert_array_equal(
-    found['image'], quick_jit(lambda x: data.normalize(x, options))(raw)
+    found['image'], jax.jit(lambda x: data.normalize(x, options))(raw)
   )
 
 
@@ -118,7 +111,7 @@ def test_crops_are_resized_as_pillow_does(cubic):
   kind = (
     PIL.Image.Resampling.BICUBIC if cubic else PIL.Image.Resampling.BILINEAR
   )
-  resize = quick_jit(augmentation._resized_crop)
+  resize = jax.jit(augmentation._resized_crop)
   for box in [(0, 0, 24, 32), (3, 5, 17, 20), (10, 0, 3, 32), (23, 31, 1, 1)]:
     top, left, height, width = box
     wanted = PIL.Image.fromarray(image).crop(
@@ -187,9 +180,7 @@ def test_augmentation_is_a_function_of_the_key():
   raw = images(6)
   batch = {'image': raw, 'label': np.arange(6) % 4}
   options = data.Augmentation.cifar(mixup=0.5, cutmix=0.5)
-  function = quick_jit(
-    functools.partial(data.augment, config=options, classes=4)
-  )
+  function = jax.jit(functools.partial(data.augment, config=options, classes=4))
   first, again, other = (
     function(batch, jax.random.fold_in(KEY, i)) for i in (1, 1, 2)
   )
@@ -224,7 +215,7 @@ def test_the_parts_make_up_the_whole():
 
   jax.tree.map(
     np.testing.assert_array_equal,
-    quick_jit(parts)(batch, KEY),
+    jax.jit(parts)(batch, KEY),
     augment(options, batch),
   )
 
@@ -296,7 +287,7 @@ def test_labels_are_mixed_as_much_as_images_are(mixup, cutmix, kinds):
   grey = np.array([255, 0, 0, 255], np.uint8)
   raw = np.broadcast_to(grey[:, None, None, None], (4, 12, 16, 3))
   batch = {'image': raw, 'label': np.arange(4)}
-  finish = quick_jit(functools.partial(data.finish, config=options, classes=4))
+  finish = jax.jit(functools.partial(data.finish, config=options, classes=4))
   shares, seen = [], set()
   for i in range(25):
     found = finish(batch, jax.random.fold_in(KEY, i))
@@ -326,10 +317,7 @@ from oialr_jax import data
 config = data.Augmentation.cifar(mixup=0.5, cutmix=0.5)
 raw = np.random.default_rng(0).integers(0, 256, (8, 10, 10, 3), np.uint8)
 batch = {'image': raw, 'label': np.arange(8)}
-augment = jax.jit(
-  functools.partial(data.augment, config=config, classes=8),
-  compiler_options={'xla_backend_optimization_level': 0},
-)
+augment = jax.jit(functools.partial(data.augment, config=config, classes=8))
 key = jax.random.key(3)
 mesh = jax.make_mesh((2,), ('data',), (jax.sharding.AxisType.Auto,))
 over = jax.NamedSharding(mesh, jax.P('data'))

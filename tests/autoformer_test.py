@@ -49,7 +49,7 @@ def from_torch(golden, what):
   )
 
 
-@oracles.quick_jit
+@oracles.jit
 def forecast(model, variables, inputs, train=False, seed=0):
   rngs = {'dropout': jax.random.key(seed)}
   return model.apply(variables, *inputs, train=train, rngs=rngs)
@@ -91,7 +91,7 @@ def test_forecasts_are_those_of_the_original(golden, mode):
 def test_loss_and_gradients_are_those_of_the_original(golden):
   model = models.create('autoformer', **SMALL)
 
-  @oracles.quick_jit
+  @oracles.jit
   def loss_and_gradients(variables, inputs):
     loss = lambda v: jnp.mean(model.apply(v, *inputs, train=True) ** 2)
     return jax.value_and_grad(loss)(variables)
@@ -177,7 +177,7 @@ def test_training_drops_out_by_its_key():
   model = models.Autoformer(**TINY, dropout=0.5)
   variables = oracles.variables(model, *args)
 
-  @oracles.quick_jit
+  @oracles.jit
   def dropped(seed):
     _, state = model.apply(
       variables,
@@ -224,7 +224,7 @@ def test_parameters_are_of_the_type_that_is_asked_for():
 
 def test_initial_parameters_are_distributed_as_in_pytorch():
   model = models.Autoformer(**TINY | dict(d_model=64, d_ff=96, e_layers=0))
-  init = oracles.quick_jit(lambda *args: model.init(jax.random.key(0), *args))
+  init = oracles.jit(lambda *args: model.init(jax.random.key(0), *args))
   params = init(*make_inputs())['params']
   for path, x in flax.traverse_util.flatten_dict(params, sep='/').items():
     if 'layernorm' in path:
@@ -279,7 +279,7 @@ def test_attention_in_factors_is_that_of_the_dense_kernels():
 
   def gradients(fn):
     by_sigma = lambda t, x: fn(oialr.with_trainable(params, t), x)
-    both = oracles.quick_jit(jax.value_and_grad(by_sigma, (0, 1)))
+    both = oracles.jit(jax.value_and_grad(by_sigma, (0, 1)))
     return both(oialr.trainable(params), x)
 
   # Biases of queries and keys have no gradient: what there is of it is the

@@ -18,12 +18,17 @@ atexit.register(shutil.rmtree, _caches, ignore_errors=True)
 # Compiling takes most of the tests' time, and nearly half less by these.
 QUICK = '--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=0'
 
+_START = 'import jax; assert jax.default_backend() == "cpu"'
 
-def _known(flags: str) -> bool:
-  """Whether this jaxlib has them: XLA ends a process for one that it lacks."""
+
+def _fits(flags: str) -> bool:
+  """Whether tests run on a CPU, by a jaxlib that has these flags.
+
+  Asked of another process: XLA ends one for a flag that it does not know.
+  """
   started = subprocess.run(
-    [sys.executable, '-c', 'import jax; jax.devices()'],
-    env=os.environ | {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'},
+    [sys.executable, '-c', _START],
+    env=os.environ | {'XLA_FLAGS': flags},
     capture_output=True,
   )
   return started.returncode == 0
@@ -31,4 +36,4 @@ def _known(flags: str) -> bool:
 
 # pytest-xdist's workers, and processes that tests start, inherit them.
 if 'XLA_FLAGS' not in os.environ:
-  os.environ['XLA_FLAGS'] = QUICK if _known(QUICK) else ''
+  os.environ['XLA_FLAGS'] = QUICK if _fits(QUICK) else ''

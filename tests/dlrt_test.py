@@ -106,7 +106,7 @@ def network():
 
 def step_of(tx, tau=0.0, loss=None, **options):
   step = dlrt.train_step(loss or network()[1], tx, tau=tau, **options)
-  return oracles.quick_jit(step)
+  return oracles.jit(step)
 
 
 def dense_step(params, key):

@@ -95,10 +95,8 @@ def _run(fn, params, args, has_gradient=True):
     return _mix(out), out
 
   if not has_gradient:
-    return quick_jit(of)(floats, rest)[1], (params, args)
-  (_, out), grads = quick_jit(jax.value_and_grad(of, has_aux=True))(
-    floats, rest
-  )
+    return jax.jit(of)(floats, rest)[1], (params, args)
+  (_, out), grads = jax.jit(jax.value_and_grad(of, has_aux=True))(floats, rest)
   return out, jax.tree.unflatten(treedef, map(grads.get, range(len(leaves))))
 
 
@@ -110,13 +108,6 @@ def _mix(out):
       weights = programs.normal(*x.shape, seed=i)
       total += jnp.sum(x.astype(jnp.float32) * weights)
   return total
-
-
-def quick_jit(fn):
-  """`jax.jit`, compiled quickly rather than well."""
-  on_cpu = jax.default_backend() == 'cpu'
-  options = {'xla_backend_optimization_level': 0} if on_cpu else None
-  return jax.jit(fn, compiler_options=options)
 
 
 @functools.cache
@@ -292,7 +283,7 @@ def _check_example(fn, shape, x, pick, rank=2):
   )
   factored = oialr.factored(fn, contraction='factors')
 
-  @quick_jit
+  @jax.jit
   def both(params, x):
     def of(fn):
       of = lambda t, x: fn(oialr.with_trainable(params, t), x)

@@ -7,12 +7,6 @@ import pytest
 
 import oialr_jax as oialr
 from oialr_jax import models
-from tests import kernels
-
-
-@pytest.fixture(autouse=True, scope='module')
-def _quickly():
-  yield from kernels.quick_compilation()
 
 
 def model(**changes):

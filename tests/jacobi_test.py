@@ -17,11 +17,6 @@ RESIDUAL, ORTHONORMAL, VALUES = 30, 40, 15
 _SVD = jax.jit(jacobi.svd)
 
 
-@pytest.fixture(autouse=True, scope='module')
-def _quickly():
-  yield from kernels.quick_compilation()
-
-
 def _families(m: int, n: int, tiny: float) -> dict[str, np.ndarray]:
   """Matrices that are hard in different ways; tiny is a square of eps."""
   rng, k = np.random.default_rng(0), min(m, n)

@@ -193,14 +193,6 @@ def modes(f: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
   return {'eager': f, 'jit': jax.jit(f)}
 
 
-def quick_compilation() -> Iterator[None]:
-  """Body of a fixture: these programs run once, so that LLVM may be lazy."""
-  before = jax.config.read('jax_disable_most_optimizations')
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', before)
-
-
 def equations(jaxpr: Any, name: str) -> Iterator[Any]:
   """The equations of a primitive, in a jaxpr and in all that are inside."""
   jaxpr = getattr(jaxpr, 'jaxpr', jaxpr)

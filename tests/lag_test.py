@@ -43,11 +43,6 @@ NEVER = training.Compaction(min_saving=1)
 fit = functools.partial(resume_test.fit, schedule=SCHEDULE)
 
 
-@pytest.fixture(autouse=True, scope='module')
-def _quickly():
-  yield from kernels.quick_compilation()
-
-
 @pytest.fixture(scope='module')
 def low():
   """Low-rank parameters whose Sigma is full, with pruned directions."""

@@ -13,11 +13,6 @@ from oialr_jax import transforms
 from tests import kernels
 
 
-@pytest.fixture(autouse=True, scope='module')
-def _quickly():
-  yield from kernels.quick_compilation()
-
-
 def _random(*shape, seed=0):
   return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 

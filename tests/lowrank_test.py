@@ -21,11 +21,6 @@ _KINDS = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(autouse=True, scope='module')
-def _quickly():
-  yield from kernels.quick_compilation()
-
-
 def _node(layer, rank=None, *, dtype='float32', seed=0) -> oialr.LowRank:
   rng, (m, n), b = np.random.default_rng(seed), layer.matrix, layer.stack
   r = rank or layer.max_rank

@@ -360,7 +360,7 @@ def test_the_sum_of_products_is_the_product_with_the_sum(name):
   fn = lambda params: p.fn(params, *p.args)
   mine = oialr.factored(lora.distributed(fn))
 
-  @oracles.quick_jit
+  @oracles.jit
   def values_and_gradients(params):
     of = lambda fn: jax.value_and_grad(
       lambda params: sum(

@@ -16,11 +16,6 @@ _STATES = ('dense', 'fresh', 'trained', 'pruned', 'deficient')
 _BASIS = kernels.modes(lambda p: oialr.basis(p, kernels.LAYERS))
 
 
-@pytest.fixture(autouse=True, scope='module')
-def _quickly():
-  yield from kernels.quick_compilation()
-
-
 @pytest.fixture(params=['eager', 'jit'])
 def mode(request) -> str:
   return request.param

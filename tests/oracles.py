@@ -37,31 +37,29 @@ def variables(model, *inputs, seed=0, size=1.0):
   return values(shapes, seed, size)
 
 
-def quick_jit(fn):
-  """`jax.jit` of a function of a model, compiled quickly rather than well."""
-  on_cpu = jax.default_backend() == 'cpu'
-  options = {'xla_backend_optimization_level': 0} if on_cpu else None
+def jit(fn):
+  """`jax.jit` of a function of a model."""
   names = [
     n for n in ('model', 'train') if n in inspect.signature(fn).parameters
   ]
-  return jax.jit(fn, static_argnames=names, compiler_options=options)
+  return jax.jit(fn, static_argnames=names)
 
 
-@quick_jit
+@jit
 def init(model, x, seed=0):
   """Initial parameters, by their paths."""
   params = model.init(jax.random.key(seed), x)['params']
   return flax.traverse_util.flatten_dict(params, sep='/')
 
 
-@quick_jit
+@jit
 def run(model, variables, x, train=False, seed=0):
   """What the model returns."""
   rngs = {'dropout': jax.random.key(seed)} if train else {}
   return model.apply(variables, x, train, rngs=rngs)
 
 
-@quick_jit
+@jit
 def captured(model, variables, x, train=False, seed=0):
   """What its submodules return, of each call: 'blocks_0/attn/__call__'."""
   rngs = {'dropout': jax.random.key(seed)} if train else {}

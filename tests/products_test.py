@@ -18,11 +18,6 @@ _KINDS = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(autouse=True, scope='module')
-def _quickly():
-  yield from kernels.quick_compilation()
-
-
 def _node(layer, rank=2, dtype='float32'):
   rng, (m, n), b = np.random.default_rng(0), layer.matrix, layer.stack
   shapes = (b, m, rank), (b, rank, rank), (b, rank, n)

@@ -12,10 +12,7 @@ import pytest
 from oialr_jax.data import randaugment
 from tests import tfds_folders
 
-# Compiling is most of these tests' time.
-APPLY = jax.jit(
-  randaugment.apply, compiler_options={'xla_backend_optimization_level': 0}
-)
+APPLY = jax.jit(randaugment.apply)
 FILL = 125, 122, 114
 LEVELS = 0.0, 0.37, 1.0
 

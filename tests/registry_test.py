@@ -93,7 +93,7 @@ def test_outputs_in_factors_are_those_of_the_dense_model(name):
   fn = lambda params, x: model.apply({'params': params}, x)
   layers = oialr.find_layers(fn, dense, x)
 
-  @oracles.quick_jit
+  @oracles.jit
   def outputs(dense, x):
     params = oialr.to_lowrank(dense, layers, rank=4)
     truncated = fn(oialr.to_dense(params), x)

@@ -387,7 +387,7 @@ def _apply(model, variables, x, train=False):
   return logits, *map(_torch_named, (new['intermediates'], new['batch_stats']))
 
 
-_run = oracles.quick_jit(_apply)
+_run = oracles.jit(_apply)
 
 
 @functools.cache
@@ -562,7 +562,7 @@ def test_training_in_factors_is_that_of_the_dense_model():
   layers = oialr.select(layers, include='maxpool|layer2_0/(conv2|se)')
   params = oialr.to_lowrank(variables['params'], layers, rank=0.5)
 
-  @oracles.quick_jit
+  @oracles.jit
   def outputs(params, truncated, full, *args):
     return (
       oialr.factored(fn)(params, *args),

@@ -28,24 +28,8 @@ MESHES = {
 
 
 @pytest.fixture(autouse=True, scope='module')
-def _quickly():
+def _on_eight_devices():
   assert len(jax.devices()) == 8, 'run by spread_test'
-  yield from kernels.quick_compilation()
-
-
-@functools.cache
-def _options():
-  """What compiles in half of the time; not every release of XLA knows it."""
-  options = {
-    'xla_backend_optimization_level': 0,
-    'xla_cpu_use_fusion_emitters': False,
-  }
-  known = lambda name: schedule_lib._compiles({name: options[name]})
-  return {name: options[name] for name in filter(known, options)}
-
-
-def _jit(f, **kwargs):
-  return jax.jit(f, compiler_options=_options(), **kwargs)
 
 
 def _mesh(name, kind=jax.sharding.AxisType.Auto):
@@ -109,10 +93,10 @@ def _to_lowrank(params):
   ],
 )
 def test_a_transform_is_the_same_as_without_a_mesh(f, make, where):
-  expected = _jit(f)(make())
+  expected = jax.jit(f)(make())
   mesh, params = _placed(make(), where)
   with jax.set_mesh(mesh):
-    _assert_same(_jit(f)(params), expected)
+    _assert_same(jax.jit(f)(params), expected)
 
 
 def test_they_may_be_called_outside_of_jit():
@@ -164,7 +148,7 @@ def test_every_matrix_is_decomposed_on_one_device(name):
     return w, jnp.full(len(w), me)
 
   with jax.set_mesh(mesh):
-    found = _jit(lambda x: spread.by_shape(who, x))(operands)
+    found = jax.jit(lambda x: spread.by_shape(who, x))(operands)
   loads = np.zeros(8)
   for path, (w,) in operands.items():
     # Of two devices it would be the sum.
@@ -188,7 +172,7 @@ def test_types_survive():
     )
 
   with jax.enable_x64(True), jax.set_mesh(_mesh('eight')):
-    found = _jit(lambda x: spread.by_shape(f, x))(operands)
+    found = jax.jit(lambda x: spread.by_shape(f, x))(operands)
     for path, (w,) in operands.items():
       jax.tree.map(np.testing.assert_array_equal, found[path], f(w))
       types_of = lambda xs: [x.dtype for x in xs]
@@ -200,7 +184,7 @@ def test_what_is_not_finite_stays_with_its_matrix():
   operands['1'][0][1, 2, 3] = np.nan
   with jax.set_mesh(_mesh('eight')):
     f = lambda w: (w, jnp.isfinite(w))
-    found = _jit(lambda x: spread.by_shape(f, x))(operands)
+    found = jax.jit(lambda x: spread.by_shape(f, x))(operands)
   for path, (w,) in operands.items():
     np.testing.assert_array_equal(found[path][0], w)
     np.testing.assert_array_equal(found[path][1], np.isfinite(w))
@@ -210,7 +194,7 @@ def test_the_program_has_one_svd_per_shape_and_sends_results_only():
   operands = _operands()
   f = lambda x: spread.by_shape(linalg.svd, x)
   with jax.set_mesh(_mesh('eight')):
-    compiled = _jit(f).lower(operands).compile()
+    compiled = jax.jit(f).lower(operands).compile()
     branches = kernels.equations(jax.make_jaxpr(f)(operands), 'cond')
   svds = [list(kernels.equations(x, 'svd')) for x in _jaxprs(branches)]
   assert sorted(map(len, svds)) == [0] * 5 + [1] * 5
@@ -231,18 +215,18 @@ def test_axes_may_be_explicit():
   """They are what `jax.make_mesh` makes by default."""
   mesh = _mesh('two_by_four', jax.sharding.AxisType.Explicit)
   operands = _operands()
-  expected = _jit(_svds)(operands)
+  expected = jax.jit(_svds)(operands)
   with jax.set_mesh(mesh):
     on_mesh = jax.device_put(operands, jax.NamedSharding(mesh, P()))
     split = P(None, 'fsdp')
     on_mesh['1'] = (jax.device_put(operands['1'][0], split),)
-    found = _jit(lambda x: spread.by_shape(linalg.svd, x))(on_mesh)
+    found = jax.jit(lambda x: spread.by_shape(linalg.svd, x))(on_mesh)
     _assert_same(found, expected)
 
 
 def test_inside_of_a_shard_map_it_is_linalgs():
   operands = _operands()
-  expected = _jit(_svds)(operands)
+  expected = jax.jit(_svds)(operands)
 
   @functools.partial(
     jax.shard_map, in_specs=P(), out_specs=P(), check_vma=False
@@ -252,12 +236,12 @@ def test_inside_of_a_shard_map_it_is_linalgs():
     return spread.by_shape(linalg.svd, operands)
 
   with jax.set_mesh(_mesh('two_by_four')):
-    _assert_same(_jit(alone)(operands), expected)
+    _assert_same(jax.jit(alone)(operands), expected)
 
 
 def test_two_hundred_calls_end():
   """XLA's CPU runtime can deadlock where SVDs run at once."""
-  update = _jit(oialr.update_basis)
+  update = jax.jit(oialr.update_basis)
   mesh, params = _placed(_trained(), 'eight')
   with jax.set_mesh(mesh):
     for _ in range(200):

@@ -16,15 +16,9 @@ from experiments import image_sets
 from experiments import language
 from experiments import stability_study
 from oialr_jax import models
-from tests import kernels
 
 # How ml_collections loads a file of settings.
 pytestmark = pytest.mark.filterwarnings('ignore:the load_module')
-
-
-@pytest.fixture(autouse=True, scope='module')
-def _quickly():
-  yield from kernels.quick_compilation()
 
 
 SHORT = (

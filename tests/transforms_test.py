@@ -30,11 +30,6 @@ _STATES = (
 )
 
 
-@pytest.fixture(autouse=True, scope='module')
-def _quickly():
-  yield from kernels.quick_compilation()
-
-
 @pytest.fixture(params=['eager', 'jit'])
 def mode(request) -> str:
   return request.param

@@ -14,11 +14,6 @@ from oialr_jax import tree
 from tests import kernels
 
 
-@pytest.fixture(autouse=True, scope='module')
-def _quickly():
-  yield from kernels.quick_compilation()
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Mlp:

@@ -9,18 +9,12 @@ from experiments import learning_rates
 from experiments import turning
 from experiments.configs import stability_study
 import oialr_jax as oialr
-from tests import kernels
 
 DENSE = oialr.Layer('a/kernel', (24, 10), rows=(0,), cols=(1,))
 CONV = oialr.Layer(
   'b/kernel', (3, 3, 4, 6), rows=(0, 1, 2), cols=(3,), kind='conv'
 )
 LAYERS = (DENSE, CONV)
-
-
-@pytest.fixture(autouse=True, scope='module')
-def _quickly():
-  yield from kernels.quick_compilation()
 
 
 def params(seed):
