@@ -26,13 +26,14 @@ class Net(nn.Module):
   """Two hidden layers, one of them normalised over the batch, and a head."""
 
   norm: bool = False
+  names: tuple[str, str] = ('first', 'second')
 
   @nn.compact
   def __call__(self, x, train=False):
-    x = nn.relu(nn.Dense(16, name='first')(x))
+    x = nn.relu(nn.Dense(16, name=self.names[0])(x))
     if self.norm:
       x = nn.BatchNorm(not train, momentum=0.5, name='norm')(x)
-    x = nn.relu(nn.Dense(16, name='second')(x))
+    x = nn.relu(nn.Dense(16, name=self.names[1])(x))
     return nn.Dense(3, name='head')(x)
 
 
@@ -120,6 +121,13 @@ def test_oialr_converts_prunes_and_keeps_learning():
   (end,) = result.select('end')
   assert end['trainable'] == oialr.count(result.params).trainable
   assert end['dense'] == 12 * 16 + 16 + 16 * 16 + 16 + 16 * 3 + 3
+
+
+def test_events_list_the_layers_as_they_are_executed():
+  result = fit(Net(names=('layer_9', 'layer_10')))
+  _, update, _ = result.select('event')
+  for field in ('ranks', 'ranks_before', 'spectra', 'truncation'):
+    assert list(update[field]) == ['layer_9/kernel', 'layer_10/kernel'], field
 
 
 def test_the_step_is_compiled_only_when_shapes_change():

@@ -482,8 +482,8 @@ class Run:
     self._recorder.record(
       'conversion',
       step,
-      ranks={p: x.rank for p, x in nodes.items()},
-      truncation={p: float(x) for p, x in lost.items()},
+      ranks=self._in_order({p: x.rank for p, x in nodes.items()}),
+      truncation=self._in_order({p: float(x) for p, x in lost.items()}),
       seconds=time.perf_counter() - start,
       **self._counts(),
     )
@@ -508,7 +508,10 @@ class Run:
   def _record_event(
     self, report: schedule_lib.Report, before: dict[str, int], **details: Any
   ):
-    numbers = lambda values: {k: float(v) for k, v in values.items()}
+    spectra = {k: np.asarray(v)[0].tolist() for k, v in report.spectra.items()}
+    numbers = lambda values: self._in_order(
+      {k: float(v) for k, v in values.items()}
+    )
     if report.event.lag:
       details['decided'] = report.event.step
     self._recorder.record(
@@ -518,15 +521,21 @@ class Run:
       converted=list(report.converted),
       updated=list(report.updated),
       pruned=list(report.pruned),
-      ranks_before=before,
-      ranks=self._ranks,
-      spectra={k: np.asarray(v)[0].tolist() for k, v in report.spectra.items()},
+      ranks_before=self._in_order(before),
+      ranks=self._in_order(self._ranks),
+      spectra=self._in_order(spectra),
       truncation=numbers(report.truncation),
       drift=numbers(report.drift),
       stability=numbers(report.stability),
       **details,
       **metrics_lib.count(self.state.params)._asdict(),
     )
+
+  def _in_order(self, by_path: dict[str, Any]) -> dict[str, Any]:
+    """The layers first to last, as they are executed."""
+    order = {x.path: x.order for x in self._layers}
+    place = lambda item: order.get(item[0], len(order))
+    return dict(sorted(by_path.items(), key=place))
 
   # Compaction.
 
