@@ -41,6 +41,7 @@ import statistics
 import threading
 from types import ModuleType
 
+import filelock
 from matplotlib import figure as mpl
 from matplotlib import ticker
 import numpy as np
@@ -388,12 +389,14 @@ def report(study: optuna.Study, config: Config, options: cli.Options):
     print(f'{file}: {_said(trial)}')
   rows = {}
   if all(state in trials_lib.DONE for state in states) and trials:
-    for name, trial in chosen.items():
-      folder = options.workdir / 'tests' / f'{trial.number:04}'
-      rows[name] = [
-        problem.values(changed(trial), _within(options, folder), seed)
-        for seed in config.test_seeds
-      ]
+    # Of searches that share a folder, the others find what the first one ran.
+    with filelock.FileLock(options.workdir / 'tests.lock'):
+      for name, trial in chosen.items():
+        folder = options.workdir / 'tests' / f'{trial.number:04}'
+        rows[name] = [
+          problem.values(changed(trial), _within(options, folder), seed)
+          for seed in config.test_seeds
+        ]
     print(_test_table(chosen, rows))
   _save(options.workdir, trials, chosen, rows)
 

@@ -84,11 +84,16 @@ class Trials:
     """
     for trial in self._taken():
       values, state = None, TrialState.PRUNED
-      with self._putting_back(trial.number), self._giving_signs(trial):
-        try:
-          values, state = objective(trial), TrialState.COMPLETE
-        except optuna.TrialPruned as e:
-          trial.set_user_attr('stopped', str(e))
+      try:
+        with self._putting_back(trial.number), self._giving_signs(trial):
+          try:
+            values, state = objective(trial), TrialState.COMPLETE
+          except optuna.TrialPruned as e:
+            trial.set_user_attr('stopped', str(e))
+      except optuna.exceptions.UpdateFinishedTrialError:
+        # What the objective notes, too, comes after another worker's result.
+        logging.warning('trial %s was done by another', trial.number)
+        continue
       if self._get(trial.number).state == TrialState.WAITING:
         logging.warning('trial %s was thought dead', trial.number)
         continue

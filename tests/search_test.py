@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import filelock
 import numpy as np
 import optuna
 from optuna.trial import TrialState
@@ -89,16 +90,28 @@ def test_an_error_leaves_the_trial_to_others(url):
   assert [t.values for t in study(url).trials] == [[0, 0], [0, 1]]
 
 
-def test_the_first_result_counts_of_a_trial_that_two_finish(url):
-  late = search_worker.worker(url, count=1)
+def _note(trial):
+  trial.set_user_attr('rung 5', [-1.0, 1.0])
+
+
+def _stop(trial):
+  raise optuna.TrialPruned('behind at step 5')
+
+
+@pytest.mark.parametrize('ending', [lambda trial: None, _note, _stop])
+def test_the_first_result_counts_of_a_trial_that_two_finish(url, ending):
+  late = search_worker.worker(url, count=2)
 
   def slow(trial):
+    if trial.number:
+      return 3.0, 3.0
     late._put_back(trial.number)  # as by one who has seen no sign of life
     search_worker.worker(url, count=1).run(lambda trial: (1.0, 1.0))
+    ending(trial)
     return 2.0, 2.0
 
   late.run(slow)
-  assert [t.values for t in study(url).trials] == [[1, 1]]
+  assert [t.values for t in study(url).trials] == [[1, 1], [3, 3]]
 
 
 def test_trials_beyond_the_count_wait_until_there_are_more(url):
@@ -249,7 +262,21 @@ def test_what_is_chosen_is_better_than_the_default_by_both():
   assert search.choose(done[1:]) == {}
 
 
-def test_digits_are_searched_and_the_search_goes_on(tmp_path, capsys):
+def test_digits_are_searched_and_the_search_goes_on(
+  tmp_path, capsys, monkeypatch
+):
+  values, tested = search.Problem.values, []
+
+  def alone(problem, config, options, seed, **kwargs):
+    if options.workdir.parent.name == 'tests':
+      # Another search that shares the folder would have to wait.
+      lock = filelock.FileLock(tmp_path / 'tests.lock', timeout=0)
+      with pytest.raises(filelock.Timeout):
+        lock.acquire()
+      tested.append(options.workdir.name)
+    return values(problem, config, options, seed, **kwargs)
+
+  monkeypatch.setattr(search.Problem, 'values', alone)
   flags = [
     f'--workdir={tmp_path}',
     '--quiet',
@@ -271,6 +298,7 @@ def test_digits_are_searched_and_the_search_goes_on(tmp_path, capsys):
     ),
   ]
   search.main(*parse(*flags, '--config.trials=1'))
+  assert tested == ['0000'] * 3
   with pytest.raises(ValueError, match='pass --resume to go on with it'):
     search.main(*parse(*flags, '--config.trials=2'))
   with pytest.raises(ValueError, match='val_share is 0.25 there and 0.5 here'):
