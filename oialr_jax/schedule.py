@@ -183,10 +183,11 @@ class Schedule:
 
   @classmethod
   def reference(cls, steps: int, **changes: Any) -> 'Schedule':
-    """What the published code does (see D1-D4 in BUILD_NOTES.md).
+    """When the published code prunes, and what it does to moments.
 
     Pruning starts at the transition, with the last tenth of the layers, and
-    moments are zeroed and sliced instead of transported.
+    moments are zeroed and sliced instead of transported (D1 and D3 in
+    BUILD_NOTES.md; the others are done as everywhere here).
     """
     preset = dict(
       steps=steps,

@@ -1,17 +1,25 @@
 """Tests of how often a run compiles, told without running it."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import cifar10_vit
+from experiments import runs
 import oialr_jax as oialr
 from oialr_jax import models
 from oialr_jax import training
 from tests import training_test
 
-# The paper's 300 epochs of CIFAR-10: batches of 1024, of which 49 an epoch.
-SCHEDULE = oialr.Schedule(steps=14_700, delay=2500, every=500, cutoff=0.15)
+
+def paper():
+  """Schedule and policy of the paper's 300 epochs, as the binary runs them."""
+  config = cifar10_vit.BINARY.config()
+  arguments = runs.arguments('oialr', config, cifar10_vit.plan(config)[0])
+  return arguments['schedule'], arguments['compaction']
 
 
 def mini_vit():
@@ -25,13 +33,16 @@ def mini_vit():
 def test_300_epochs_of_the_mini_vit_compile_at_most_twelve_times(factor):
   """Ranks fall by a factor an update, at most to a twentieth."""
   params, layers = mini_vit()
+  schedule, policy = paper()
   shares = {x.path: 0.9 + 0.1 * np.sin(x.order) for x in layers}
 
   def ranks(event, layer):
     share = max(0.05, shares[layer.path] * factor**event.index)
     return max(1, round(share * layer.max_rank))
 
-  compiled = training.rehearse(params, layers, SCHEDULE, ranks=ranks)
+  compiled = training.rehearse(
+    params, layers, schedule, ranks=ranks, compaction=policy
+  )
   assert compiled[:2] == (0, 2500)
   assert len(compiled) <= 12
   if factor == 1.0:
@@ -41,9 +52,9 @@ def test_300_epochs_of_the_mini_vit_compile_at_most_twelve_times(factor):
   often = training.rehearse(
     params,
     layers,
-    SCHEDULE,
+    schedule,
     ranks=ranks,
-    compaction=training.Compaction(min_saving=0),
+    compaction=dataclasses.replace(policy, min_saving=0),
   )
   assert len(often) >= len(compiled)
 

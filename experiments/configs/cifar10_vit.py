@@ -77,7 +77,7 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
         cutmix=0.0,
         label_smoothing=0.1,
       ),
-      compaction=dict(min_saving=0.1, background=True, reproducible=False),
+      compaction=dict(min_saving=0.25, background=True, reproducible=False),
       oialr=runs.oialr_section(
         delay=2500,  # steps, or a share of the run
         every=500,

@@ -59,6 +59,7 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
         moving_avg=25,
         dropout=0.05,
       ),
+      # What the rows of BUILD_NOTES.md were measured with; by default 0.25.
       compaction=dict(min_saving=0.1, background=True, reproducible=False),
       oialr=runs.oialr_section(
         delay=0.05,  # steps, or a share of the run
