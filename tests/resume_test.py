@@ -1,5 +1,6 @@
 """Runs that are interrupted at any moment end as if they had not been."""
 
+import itertools
 import json
 import os
 import signal
@@ -300,6 +301,20 @@ def test_what_an_event_stumbles_over_is_the_step_before_it(tmp_path, lag):
   (back,) = result.select('rollback')
   assert f'nan at step {wrong}' in back['reason']
   assert int(result.state.step) == STEPS
+
+
+def test_data_may_end_because_of_a_rollback(tmp_path):
+  whole = itertools.islice(batches().map(SpoilOnce(13).apply), STEPS)
+  message = f'ended after {STEPS} batches, before step 26: .* where a rollback'
+  with pytest.raises(ValueError, match=message):
+    fit(tmp_path, data=whole, checkpoint_every=5, rollbacks=1, log_every=5)
+
+
+def test_a_rollback_from_the_last_step_finds_its_batch(tmp_path):
+  data = batches().map(SpoilOnce(STEPS).apply)
+  result = fit(tmp_path, data=data, checkpoint_every=12, rollbacks=1)
+  (back,) = result.select('rollback')
+  assert back['step'] == 24 and int(result.state.step) == STEPS
 
 
 def test_a_run_that_went_back_can_be_resumed(tmp_path):

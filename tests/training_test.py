@@ -1,5 +1,6 @@
 """Tests of the trainer on a small network and random, learnable data."""
 
+import itertools
 import json
 import pathlib
 import subprocess
@@ -469,6 +470,22 @@ def test_a_batch_that_differs_is_named():
   message = r"the batch of step 12: 'x' is float32\[5,.*at first float32\[32,"
   with pytest.raises(ValueError, match=message):
     fit(data=data)
+
+
+@pytest.mark.parametrize('resume', [False, True])
+def test_no_batch_is_read_that_no_step_needs(tmp_path, resume):
+  *_, batches, _ = problem(Net())
+
+  def data():
+    yield from itertools.islice(batches(), 12)
+    raise OSError('the shard of batch 13 is gone')
+
+  options = dict(workdir=tmp_path, stop_at=12, resume=resume)
+  if resume:
+    fit(workdir=tmp_path, stop_at=12)
+  assert fit(data=data(), **options).records[-1]['step'] == 12
+  with pytest.raises(OSError, match='batch 13 is gone'):
+    fit(data=data(), stop_at=13)
 
 
 def test_arguments_that_cannot_be_are_said(caplog):

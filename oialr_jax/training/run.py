@@ -119,7 +119,7 @@ class Run:
     self._place = placement
     self._data = data
     self._position = None  # of the data, before the batch that is next
-    self._taken = -1  # batches, without the one that is next
+    self._taken = 0  # batches, without the one that is next
     self._key = placement.put(jax.random.key(seed), placement.replicated)
     self._steps = steps
     self._schedule = schedule
@@ -215,8 +215,9 @@ class Run:
     batch = self._next
     if batch is None:
       raise ValueError(
-        f'data ended after {step} batches: pass an iterable of one batch for '
-        'every step.'
+        f'data ended after {self._taken} batches, before step {step + 1}: pass '
+        'an iterable of one batch for every step, and of more where a rollback '
+        'uses them up.'
       )
     self._catch_up(step)
     if self._ready_to_switch():
@@ -230,8 +231,9 @@ class Run:
       except TypeError:  # of arguments that it was not compiled for
         self._check(batch, step)
         raise
+      self._taken += 1
       # The next batch is made while the device works on this one.
-      self._next = self._fetch()
+      self._next = self._fetch(wanted=step + 1 < self._steps)
     if fresh:
       self._foresee(step)
     self._recorder.step(step + 1, metrics)
@@ -249,11 +251,14 @@ class Run:
         'the remainder of an epoch out, or pad it.'
       )
 
-  def _fetch(self):
+  def _fetch(self, wanted: bool = True) -> PyTree | None:
+    """The batch that is next; None where data end, or no step wants it.
+
+    What no step wants is not read: it may be a remainder, or take forever.
+    """
     if hasattr(self._data, 'get_state'):
       self._position = self._data.get_state()
-    batch = next(self._data, None)
-    self._taken += 1
+    batch = next(self._data, None) if wanted else None
     return None if batch is None else self._place.batch(batch)
 
   # Where arrays are.
@@ -722,16 +727,17 @@ class Run:
     self._compilations = manifest['compilations']
     if hasattr(self._data, 'set_state'):
       self._data.set_state(manifest['data'])
-      self._next = self._fetch()
-    else:
-      for _ in range(manifest['batches']):  # there is nothing but to read them
-        self._next = self._fetch()
-    self._taken = manifest['batches']
+    else:  # there is nothing but to read them; the first one is read
+      for _ in range(manifest['batches'] - 1):
+        next(self._data, None)
+    self._taken, self._next = manifest['batches'], None
     self.go_back(step, arrays, manifest)
 
   def go_back(self, step: int, arrays: PyTree, manifest: checkpoint.Manifest):
     """Takes a snapshot's state, and goes on with the batch that is next."""
     self.state = arrays['state']
+    if self._next is None:
+      self._next = self._fetch(wanted=step < self._steps)
     self._bases = dict(zip(manifest['bases'], arrays['bases'], strict=True))
     self._ranks = manifest['live_ranks']
     self._converted = manifest.get('converted', False)
