@@ -37,7 +37,8 @@ class Keep:
 
   Attributes:
     last: so many of the newest; two, for the newest may turn out damaged.
-    best: so many of the best by `metric`, besides.
+    best: so many of the best by `metric`, besides; of those that were evaluated
+      at their step.
     metric: the name of a metric of the evaluations.
     highest: whether the best is the highest value, else the lowest.
 
@@ -114,7 +115,7 @@ class Checkpoints:
       step: optimiser steps done.
       arrays: pytree of arrays.
       manifest: what can be written as JSON.
-      metrics: of the last evaluation, for `Keep.best`.
+      metrics: of an evaluation of these arrays, for `Keep.best`.
 
     Raises:
       OSError: this or the checkpoint before could not be written, as on a full

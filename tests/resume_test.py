@@ -241,6 +241,21 @@ def test_divergence_names_the_last_good_checkpoint(tmp_path):
     assert saved.steps() == [13, 12]
 
 
+def test_the_best_checkpoint_is_one_that_was_evaluated(tmp_path):
+  values = iter([0.9, 0.5, 0.4])
+  fit(
+    tmp_path,
+    stop_at=12,
+    eval_fn=lambda params, model_state, batch: {'value': batch['value']},
+    eval_data=lambda: [{'value': np.full(8, next(values), np.float32)}],
+    eval_every=4,
+    checkpoint_every=1,
+    keep=checkpoint.Keep(best=1, metric='value', highest=True),
+  )
+  with checkpoint.Checkpoints(tmp_path / 'checkpoints') as saved:
+    assert saved.steps() == [12, 11, 4]
+
+
 def test_checkpoints_want_a_folder():
   with pytest.raises(ValueError, match='want a workdir'):
     fit(checkpoint_every=3)

@@ -337,8 +337,8 @@ class _Loop:
       return
     arrays, manifest = self.run.snapshot()
     _check_finite(arrays['state'].params, step)
-    evaluations = [r for r in self.recorder.records if r['kind'] == 'eval']
-    metrics = evaluations[-1] if evaluations else None
+    # Of another step, they would say of these parameters what is not so.
+    metrics = self.recorder.at('eval', step)
     with self.recorder.clock('saving'):
       self.saved.save(step, arrays, manifest, metrics)
     self.recorder.checkpoints(self.saved.folder, self.saved.steps())

@@ -96,6 +96,11 @@ class Recorder:
     if kind in _HEARS:
       self._tell(_HEARS[kind], record)
 
+  def at(self, kind: str, step: int) -> Record | None:
+    """The last record of a kind, if it is of this step."""
+    last = next((r for r in reversed(self.records) if r['kind'] == kind), None)
+    return last if last and last['step'] == step else None
+
   def step(self, step: int, metrics: Any):
     """Takes the metrics of a step that may still be under way."""
     self._pending.append((step, metrics))

@@ -765,9 +765,7 @@ class Run:
     self._recorder.log(settled=True)
     rate = 1 / self._step_seconds(step)
     # The function is that of the sliced kernels, for which nothing is compiled.
-    if not any(
-      r['kind'] == 'eval' and r['step'] == step for r in self._recorder.records
-    ):
+    if not self._recorder.at('eval', step):
       self.evaluate(step)
     if self._converted:  # by whatever its step has done since
       self._ranks = transforms.compact_ranks(self.state.params)
