@@ -115,6 +115,32 @@ def test_a_finished_run_is_not_trained_again(whole, tmp_path):
   assert not steps
 
 
+def test_a_run_that_was_killed_before_its_end_gets_one(tmp_path):
+  with pytest.raises(KeyboardInterrupt):
+    fit(tmp_path, checkpoint_every=10, callbacks=[Stop(12)])
+  again = fit(tmp_path, stop_at=10, resume=True)
+  assert_same(again, fit(stop_at=10))
+  assert [r['step'] for r in again.select('end')] == [10]
+
+
+def test_an_end_that_was_torn_is_written_anew(whole, tmp_path):
+  fit(tmp_path)
+  file = tmp_path / 'metrics.jsonl'
+  file.write_text(file.read_text()[:-40])
+  for _ in range(2):
+    again = fit(tmp_path, resume=True)
+    assert_same(again, whole)
+    lines = file.read_text().splitlines()
+    assert [json.loads(x) for x in lines] == list(again.records)
+
+
+@pytest.mark.parametrize('name', ['steps', 'stop_at'])
+def test_a_run_does_not_go_back_to_stop(tmp_path, name):
+  fit(tmp_path, schedule=None, stop_at=15)
+  with pytest.raises(ValueError, match=f'^{name}=10: .* is of step 15'):
+    fit(tmp_path, schedule=None, resume=True, **{name: 10})
+
+
 def test_resuming_nothing_is_starting(whole, tmp_path):
   assert_same(fit(tmp_path, resume=True), whole)
 

@@ -123,7 +123,8 @@ def fit(
 
   Raises:
     ValueError: an argument is out of range, data ends early, the checkpoint is
-      of another run (says what differs), no checkpoint is intact.
+      of another run (says what differs) or of a later step, no checkpoint is
+      intact.
     FloatingPointError: the loss is not finite (with the step), and there is no
       rollback left.
     OSError: a checkpoint cannot be written, as on a full disk; those that are
@@ -218,7 +219,12 @@ def fit(
       start = _resume(run, recorder, saved, workdir) if resume else 0
       if not start:
         saved.clear()
-    if start >= stop:
+    if start > stop:
+      raise ValueError(
+        f'{"steps" if stop_at is None else "stop_at"}={stop}: the checkpoint '
+        f'in {saved.folder} is of step {start}.'
+      )
+    if start == stop and recorder.ended:
       return run.result()
     if workdir is not None:
       recorder.add(writers.Jsonl(workdir / 'metrics.jsonl'))
@@ -287,7 +293,7 @@ class _Loop:
         self.run.step(done)
       done += 1
       self._after(done)
-    if done == start and self.recorder.records[-1]['kind'] == 'end':
+    if done == start and self.recorder.ended:
       return  # it stopped there before
     if self.track_every:
       self.run.track(done)

@@ -96,6 +96,11 @@ class Recorder:
     if kind in _HEARS:
       self._tell(_HEARS[kind], record)
 
+  @property
+  def ended(self) -> bool:
+    """Whether nothing has been recorded since an 'end'."""
+    return bool(self.records) and self.records[-1]['kind'] == 'end'
+
   def at(self, kind: str, step: int) -> Record | None:
     """The last record of a kind, if it is of this step."""
     last = next((r for r in reversed(self.records) if r['kind'] == kind), None)
