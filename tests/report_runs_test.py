@@ -7,6 +7,8 @@ import re
 import pytest
 
 from oialr_jax import report
+from oialr_jax.report import plots
+from oialr_jax.report import rows
 from oialr_jax.report import runs
 from tests import report_test
 
@@ -92,6 +94,23 @@ def test_damage_is_named_and_the_rest_is_read(tmp_path, case):
   for sentence in missing:
     assert re.search(sentence, ' '.join(run.missing))
   assert read.runs[0].missing == ()
+
+
+def test_an_end_before_the_end_is_none(tmp_path):
+  """A run stopped at step 20, went on, and failed."""
+  records = report_test.records(ended=False)
+  steps = [r['step'] for r in records]
+  stopped = {'kind': 'end', 'step': 20, 'seconds': {'training': 9.0}}
+  stopped['steps_per_second'] = 5.0
+  records.insert(steps.index(30), stopped)
+  train = next(r for r in reversed(records) if r['kind'] == 'train')
+  train['seconds'] = 12.0
+  _, run = report.read(workdir(tmp_path, lines(records).encode())).runs
+  assert re.search("No 'end'.*step 40", ' '.join(run.missing))
+  row = rows.run(run.records)
+  assert (row['ended'], row['seconds']) == ('no', 12.0)
+  assert row['steps/s at the end'] is None
+  assert 'time' not in plots.of_runs({'it': run.records})
 
 
 def test_what_a_field_may_not_hold_is_left_out(tmp_path):

@@ -48,7 +48,7 @@ def of_runs(runs: Mapping[str, Records]) -> dict[str, Figure]:
     if often and name != 'loss':
       word = re.sub('[^a-zA-Z0-9]+', '_', name)
       figures[f'metric_{word}'] = metric(runs, name)
-  if any(series.holding(r, 'end', 'seconds') for r in runs.values()):
+  if any(series.end(r).get('seconds') for r in runs.values()):
     figures['time'] = time(runs)
   return figures
 
@@ -139,8 +139,8 @@ def metric(runs: Mapping[str, Records], name: str) -> Figure:
 
 def time(runs: Mapping[str, Records]) -> Figure:
   """What every run spent its seconds on; only runs that have ended know."""
-  ends = {name: series.holding(r, 'end', 'seconds') for name, r in runs.items()}
-  spent = {name: end[-1]['seconds'] for name, end in ends.items() if end}
+  ends = {name: series.end(r).get('seconds') for name, r in runs.items()}
+  spent = {name: seconds for name, seconds in ends.items() if seconds}
   figure = drawing.figure(1.0 + 0.32 * len(spent))
   axes = figure.subplots()
   rows, left, shown = np.arange(len(spent)), np.zeros(len(spent)), {}

@@ -18,9 +18,10 @@ def run(records: Records) -> Row:
   latest = {}
   for record in records:
     latest |= record
+  end = series.end(records)
   row: Row = {
     'steps': latest.get('step'),
-    'ended': 'yes' if series.of(records, 'end') else 'no',
+    'ended': 'yes' if end else 'no',
   }
   for name in series.metrics(records):
     row[f'last {name}'] = series.holding(records, 'eval', name)[-1][name]
@@ -29,15 +30,14 @@ def run(records: Records) -> Row:
   row['mean rank'] = _mean(events[-1]['ranks']) if events else None
   if 'optimizer_bytes' in latest:
     row['optimiser state kB'] = latest['optimizer_bytes'] / 1000
-  row['steps/s at the end'] = latest.get('steps_per_second')
+  row['steps/s at the end'] = end.get('steps_per_second')
   row['seconds'] = sum(seconds(records).values()) or _elapsed(records)
   return row
 
 
 def seconds(records: Records) -> dict[str, float]:
   """What the seconds of a run that has ended were spent on."""
-  ends = series.holding(records, 'end', 'seconds')
-  spent = ends[-1]['seconds'] if ends else {}
+  spent = series.end(records).get('seconds', {})
   return {label: spent[c] for c, label in plots.CLOCKS.items() if c in spent}
 
 

@@ -12,6 +12,8 @@ import json
 import pathlib
 from typing import Any
 
+from oialr_jax.report import series
+
 Record = dict[str, Any]
 
 
@@ -192,10 +194,9 @@ def _lacking(records: list[Record]) -> Iterator[str]:
   if not records:
     yield 'metrics.jsonl: no record in it.'
     return
-  kinds = {r['kind'] for r in records}
-  if 'train' not in kinds:
+  if not series.of(records, 'train'):
     yield 'No losses.'
-  if 'end' not in kinds:
+  if not series.end(records):
     yield (
       f"No 'end': the run goes on, or ended early; the last record is of step "
       f'{records[-1]["step"]:,}. Its seconds and the bytes of its optimiser '

@@ -25,6 +25,12 @@ def holding(records: Records, kind: str, field: str) -> list[Record]:
   return [r for r in of(records, kind) if r.get(field) not in (None, [], {})]
 
 
+def end(records: Records) -> Record:
+  """What a run said at its end; nothing, where it has gone on since."""
+  last = records[-1] if records else {}
+  return last if last.get('kind') == 'end' else {}
+
+
 def transition(records: Records) -> int | None:
   """The step at which the run went low-rank."""
   return next((r['step'] for r in of(records, 'event')), None)
