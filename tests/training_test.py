@@ -357,6 +357,17 @@ def test_evaluation_counts_every_example_once():
   np.testing.assert_allclose(evaluations[-1]['accuracy'], whole.mean())
 
 
+@pytest.mark.parametrize('case', ['used up', 'all padding'])
+def test_an_evaluation_without_examples_is_an_error(case):
+  batches = [*problem(Net())[5]()]
+  padding = [{**b, 'mask': np.zeros(32)} for b in batches]
+  once = iter(batches)
+  calls = iter([once, once] if case == 'used up' else [batches, padding])
+  message = 'eval_data: there is no example at step 20; it must return'
+  with pytest.raises(ValueError, match=message):
+    fit(eval_data=lambda: next(calls), eval_every=10)
+
+
 def test_tracking_measures_every_chosen_layer():
   result = fit(track_every=10)
   measured = result.select('stability')
@@ -446,6 +457,23 @@ def test_what_a_loss_has_to_return_is_said(loss_fn):
   ):
     training.fit(
       loss_fn,
+      {'w': jnp.ones((3, 2))},
+      [{'x': jnp.ones((8, 3))}],
+      optimizer=optax.sgd(1.0),
+      steps=1,
+    )
+
+
+@pytest.mark.parametrize('name', ['loss', 'seconds'])
+def test_no_metric_of_a_loss_takes_its_place(name):
+  def loss(params, model_state, batch, key):
+    del key
+    found = jnp.mean(batch['x'] @ params['w'])
+    return found * jnp.nan, (model_state, {name: found})
+
+  with pytest.raises(ValueError, match=f'the metric {name!r} of loss_fn has'):
+    training.fit(
+      loss,
       {'w': jnp.ones((3, 2))},
       [{'x': jnp.ones((8, 3))}],
       optimizer=optax.sgd(1.0),

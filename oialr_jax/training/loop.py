@@ -124,7 +124,8 @@ def fit(
   Raises:
     ValueError: an argument is out of range, data ends early, the checkpoint is
       of another run (says what differs) or of a later step, no checkpoint is
-      intact.
+      intact, an evaluation has no example, a metric of loss_fn is called like
+      something else in the records.
     FloatingPointError: the loss is not finite (with the step), and there is no
       rollback left.
     OSError: a checkpoint cannot be written, as on a full disk; those that are

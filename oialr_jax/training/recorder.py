@@ -1,6 +1,6 @@
 """What a run says of itself: records, clocks, and the metrics of its steps."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 import contextlib
 import pathlib
 import time
@@ -17,6 +17,7 @@ Record = callbacks_lib.Record
 _OWN = {
   'kind',
   'step',
+  'loss',
   'losses',
   'seconds',
   'examples_per_second',
@@ -138,12 +139,7 @@ class Recorder:
         )
     names = read[0][1]
     means = {k: float(np.mean([m[k] for _, m in read])) for k in names}
-    taken = sorted(_OWN & set(names))
-    if taken:
-      raise ValueError(
-        f'the metric {taken[0]!r} of loss_fn has the name of something else in '
-        'the records: give it another.'
-      )
+    check_names(names.keys() - {'loss'})
     self.record(
       'train',
       read[-1][0],
@@ -168,6 +164,16 @@ class Recorder:
         _call(callback, method, *args)
       except callbacks_lib.Stop as e:
         self.stopped = e
+
+
+def check_names(metrics: Iterable[str]):
+  """Raises ValueError if a metric of a loss has a name of the records."""
+  taken = sorted(_OWN.intersection(metrics))
+  if taken:
+    raise ValueError(
+      f'the metric {taken[0]!r} of loss_fn has the name of something else in '
+      'the records: give it another.'
+    )
 
 
 def _call(callback: callbacks_lib.Callback, method: str, *args: Any):

@@ -653,6 +653,12 @@ class Run:
         more, n = jax.device_get(program(*args))
       sums = {k: sums.get(k, 0) + float(v) for k, v in more.items()}
       count += int(n)
+    if not count:
+      raise ValueError(
+        f'eval_data: there is no example at step {step}; it must return batches '
+        'at every call, not an iterator that the first one has used up, and '
+        "not all of their 'mask' may be 0."
+      )
     means = {k: v / count for k, v in sums.items()}
     self._recorder.record('eval', step, **means, examples=count)
 

@@ -14,6 +14,7 @@ from oialr_jax import transforms
 from oialr_jax import tree
 from oialr_jax.factored import Contraction
 from oialr_jax.factored import factored  # the package's `factored` is this
+from oialr_jax.training import recorder
 
 Array = jax.Array
 PyTree = Any
@@ -138,7 +139,8 @@ def checked(loss_fn: LossFn) -> LossFn:
   def checked_loss(params, model_state, batch, key):
     out = loss_fn(params, model_state, batch, key)
     match out:
-      case (loss, (_, Mapping())) if jnp.shape(loss) == ():
+      case (loss, (_, Mapping() as metrics)) if jnp.shape(loss) == ():
+        recorder.check_names(metrics)
         return out
     found = jax.tree.map(lambda x: f'{jnp.shape(x)}', out)
     raise ValueError(
