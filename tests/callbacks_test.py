@@ -282,6 +282,31 @@ def test_train_records_have_the_pace_of_their_own_steps(recorder, monkeypatch):
   assert last['losses'] == [5, 6] and last['loss'] == 5.5
 
 
+# When the second to last of ten steps is done, and the last one, in seconds:
+# where the device is what takes the time, and where the batches are.
+@pytest.mark.parametrize('read, settled', [(9, 10), (10, 10)])
+def test_a_step_that_is_read_by_itself_has_no_pace(
+  recorder, monkeypatch, read, settled
+):
+  """As at a checkpoint where it is time for a record, too."""
+  now = 0.0
+  monkeypatch.setattr(recorder_lib.time, 'perf_counter', lambda: now)
+  recorder.clock = recorder_lib.Clock()
+  recorder.start(steps=30, examples=32)
+  for first in (0, 10, 20):
+    for step in range(first + 1, first + 11):
+      recorder.step(step, {'loss': np.float32(step)})
+    with recorder.clock('training'):
+      now = first + read
+    recorder.log()
+    with recorder.clock('training'):
+      now = first + settled
+    recorder.log(settled=True)
+  assert [len(r['losses']) for r in recorder.records] == [9, 1] * 3
+  paces = [r.get('examples_per_second') for r in recorder.records]
+  assert paces == [320 / read, None, 32, None, 32, None]
+
+
 def test_without_the_examples_of_a_step_there_is_no_pace(recorder):
   recorder.start(steps=1)
   recorder.step(1, {'loss': np.float32(0)})

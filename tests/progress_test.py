@@ -222,6 +222,18 @@ def test_plain_lines_come_now_and_then(capsys):
   assert not any('\r' in x or '\x1b' in x for x in lines)
 
 
+def test_a_record_without_a_pace_leaves_it_as_it_was(capsys):
+  listener = training.Progress(every=0.0)
+  listener.on_start(training.Start(steps=400))
+  unknown = train(20)
+  del unknown['examples_per_second']
+  for record in (train(10), unknown):
+    listener.on_record(record)
+  listener.close()
+  last = capsys.readouterr().err.splitlines()[-1]
+  assert 'step     20' in last and '1.28k ex/s, loss 0.1' in last
+
+
 def test_a_run_that_goes_on_knows_what_was(capsys):
   records = (train(100), event(100, 'transition', after=512))
   start = training.Start(steps=400, first=390, records=records)

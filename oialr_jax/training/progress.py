@@ -75,8 +75,9 @@ class Progress(callbacks.Callback):
 
   def _keep(self, record: Record):
     self._records.append(record)
-    self._latest.pop(record['kind'], None)  # so that they are in order
-    self._latest[record['kind']] = record
+    before = self._latest.pop(record['kind'], {})  # so that they are in order
+    # What one of them does not say, such as a pace, is as it was.
+    self._latest[record['kind']] = before | record
 
   def _on_train(self, record: Record):
     self._marks.append((record['step'], record['seconds']))

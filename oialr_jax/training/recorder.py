@@ -43,7 +43,8 @@ class Recorder:
     self._callbacks: list[callbacks_lib.Callback] = []
     self._pending: list[tuple[int, Any]] = []
     self._examples: int | None = None
-    self._mark = 0.0  # the training clock at the last 'train' record
+    # The training clock at the last pace, and the steps taken since.
+    self._mark, self._since = 0.0, 0
     self._told = 0  # the last checkpoint that the listeners know of
 
   def __enter__(self) -> 'Recorder':
@@ -71,7 +72,7 @@ class Recorder:
   def start(self, *, steps: int, first: int = 0, examples: int | None = None):
     """Tells the listeners what is about to begin; see `callbacks.Start`."""
     self._examples = examples
-    self._mark = self.clock.seconds['training']
+    self._mark, self._since = self.clock.seconds['training'], 0
     self._told = first
     self.stopped = None
     self._tell(
@@ -110,6 +111,7 @@ class Recorder:
   def step(self, step: int, metrics: Any):
     """Takes the metrics of a step that may still be under way."""
     self._pending.append((step, metrics))
+    self._since += 1
     self._tell('on_step', step)
 
   def checkpoints(self, folder: pathlib.Path, steps: Sequence[int]):
@@ -146,16 +148,21 @@ class Recorder:
       **means,
       losses=[float(m['loss']) for _, m in read],
       seconds=self.clock.wall(),
-      **self._pace(len(read)),
+      **self._pace(),
       **self.facts,
     )
 
-  def _pace(self, steps: int) -> dict[str, float]:
-    """Of so many steps, which ended now."""
-    began, self._mark = self._mark, self.clock.seconds['training']
-    if self._examples is None:
+  def _pace(self) -> dict[str, float]:
+    """Of the steps taken since the last one.
+
+    Not of those that were read: the last one's time is over by then, or it
+    passes before the next pace. Of that step alone there is none.
+    """
+    if self._examples is None or not self._since:
       return {}
-    rate = steps * self._examples / (self._mark - began)
+    now = self.clock.seconds['training']
+    rate = self._since * self._examples / (now - self._mark)
+    self._mark, self._since = now, 0
     return {'examples_per_second': rate}
 
   def _tell(self, method: str, *args: Any):
