@@ -201,6 +201,13 @@ def test_accumulated_steps_are_split_likewise():
   assert_close(fit(place(4), accumulate=2, stop_at=25), plain)
 
 
+def test_the_flops_of_a_step_are_those_of_all_devices():
+  flops = lambda count: fit(
+    place(count), optimizer=optax.sgd(1e-3), schedule=None, stop_at=1
+  ).select('train')[-1]['flops']
+  assert flops(8) == pytest.approx(flops(1), rel=0.15)
+
+
 def test_examples_that_do_not_divide_are_an_error():
   few = [{'x': INPUTS[:12], 'y': LABELS[:12]}]
   with pytest.raises(ValueError, match=r"batch\['x'\]: 12 examples do not"):

@@ -541,6 +541,13 @@ def test_accumulated_steps_are_steps_of_the_whole_batch(accumulate):
   assert oialr.ranks(parts.params) == oialr.ranks(whole.params)
 
 
+def test_the_flops_of_a_step_are_those_of_all_its_parts():
+  flops = lambda accumulate: fit(
+    steps=1, schedule=None, accumulate=accumulate, optimizer=optax.sgd(0.1)
+  ).select('train')[-1]['flops']
+  assert flops(4) == pytest.approx(flops(1), rel=0.15)
+
+
 def test_what_a_model_carries_goes_through_all_parts():
   """Of two parts the running mean has seen both, one after the other."""
   result = fit(Net(norm=True), steps=1, schedule=None, accumulate=2)

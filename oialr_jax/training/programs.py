@@ -38,7 +38,10 @@ class Program:
 
   @property
   def flops(self) -> float | None:
-    """As XLA counts them; None where it does not."""
+    """As XLA counts them; None where it does not.
+
+    They are those of one device, and what a loop repeats is counted once.
+    """
     analysis = self.compiled.cost_analysis()
     return analysis.get('flops') if analysis else None
 

@@ -117,6 +117,7 @@ class Run:
     loss_fn = steps_lib.checked(loss_fn)
     self._recorder = recorder
     self._place = placement
+    self._accumulate = accumulate
     self._data = data
     self._position = None  # of the data, before the batch that is next
     self._taken = 0  # batches, without the one that is next
@@ -310,10 +311,19 @@ class Run:
     self._compile_seconds = program.seconds
     self._program = program
     self._recorder.facts = {'optimizer_bytes': self._optimizer_bytes()}
-    if program.flops is not None:
-      self._recorder.facts['flops'] = program.flops
+    flops = self._step_flops()
+    if flops is not None:
+      self._recorder.facts['flops'] = flops
     self._compilations += 1
     self._since = step, self._recorder.clock.seconds['training']
+
+  def _step_flops(self) -> float | None:
+    """Of a step, on all devices and of all parts of its batch.
+
+    What a model's own scan repeats is counted once.
+    """
+    flops = self._program and self._program.flops
+    return flops and flops * self._place.mesh.size * self._accumulate
 
   def _step_seconds(self, steps: int) -> float:
     """Of a step with this program, or the one before where it has not run."""
@@ -558,7 +568,7 @@ class Run:
       self._ranks,
       steps=self._steps - step,
       step_seconds=1.0 if anew else self._step_seconds(step),
-      step_flops=self._program and self._program.flops,
+      step_flops=self._step_flops(),
       compile_seconds=0.0 if anew else self._compile_seconds,
     )
     if ranks is None:
