@@ -185,15 +185,20 @@ def test_a_run_goes_on_with_another_number_of_devices(
   alone, tmp_path, saved, restored
 ):
   wide = lambda n: place(n, data=1, fsdp=n) if n == 8 else place(n)
+  options = dict(track_every=16, track_more=resume_test.moved)
   with pytest.raises(KeyboardInterrupt):
     fit(
       wide(saved),
       workdir=tmp_path,
       checkpoint_every=7,
       callbacks=[resume_test.Stop(37)],
+      **options,
     )
-  result = fit(wide(restored), workdir=tmp_path, resume=True)
+  result = fit(wide(restored), workdir=tmp_path, resume=True, **options)
   assert_close(result, alone)
+  measured = result.select('stability')
+  assert [r['step'] for r in measured] == [16, 32, 48, STEPS]
+  assert all(min(r['moved'].values()) > 0 for r in measured)
 
 
 def test_accumulated_steps_are_split_likewise():

@@ -60,6 +60,7 @@ def fit(workdir=None, **options):
     optimizer=optax.adamw(1e-2),
     workdir=workdir,
     eval_every=10,
+    track_every=10,
   )
   return training_test.fit(**(defaults | options))
 
@@ -76,6 +77,7 @@ def assert_same(result, other):
     [r['losses'] for r in run.select('train')]
   )
   np.testing.assert_array_equal(losses(result), losses(other))
+  assert result.select('stability') == other.select('stability')
   kinds = lambda run: [
     (r['kind'], r['step']) for r in run.records if r['kind'] != 'train'
   ]
@@ -93,6 +95,42 @@ def test_a_resumed_run_is_the_same_run(whole, tmp_path, stop):
   assert [json.loads(x)['kind'] for x in lines] == [
     r['kind'] for r in result.records
   ]
+
+
+def moved(old, new, layers):
+  """By what is to be measured besides."""
+  old, new = (oialr.tree.flatten(oialr.to_dense(p)) for p in (old, new))
+  distance = lambda path: np.linalg.norm(old[path] - new[path])
+  return {'moved': {x.path: distance(x.path) for x in layers}}
+
+
+def test_what_else_is_measured_goes_on(tmp_path):
+  """Against parameters of before the transition, or before a compaction."""
+  options = dict(
+    track_every=8,
+    track_more=moved,
+    compaction=training.Compaction(
+      min_saving=0, multiple_of=1, background=False, reproducible=True
+    ),
+  )
+  with pytest.raises(KeyboardInterrupt):
+    fit(tmp_path, checkpoint_every=12, callbacks=[Stop(14)], **options)
+  with pytest.raises(KeyboardInterrupt):
+    fit(
+      tmp_path, checkpoint_every=9, callbacks=[Stop(28)], resume=True, **options
+    )
+  result = fit(tmp_path, resume=True, **options)
+  assert_same(result, fit(**options))
+  assert all(len(r['moved']) == 2 for r in result.select('stability'))
+
+
+@pytest.mark.parametrize('track_every', [10, None])
+def test_checkpoints_hold_a_measurement_where_there_is_one(
+  tmp_path, track_every
+):
+  fit(tmp_path, schedule=None, stop_at=12, track_every=track_every)
+  text = (tmp_path / 'checkpoints/12/arrays/_METADATA').read_text()
+  assert ('tracked' in text) == (track_every is not None)
 
 
 def test_data_that_cannot_be_set_are_read_again(whole, tmp_path):
@@ -116,10 +154,11 @@ def test_a_finished_run_is_not_trained_again(whole, tmp_path):
 
 
 def test_a_run_that_was_killed_before_its_end_gets_one(tmp_path):
+  options = dict(eval_every=None)
   with pytest.raises(KeyboardInterrupt):
-    fit(tmp_path, checkpoint_every=10, callbacks=[Stop(12)])
-  again = fit(tmp_path, stop_at=10, resume=True)
-  assert_same(again, fit(stop_at=10))
+    fit(tmp_path, checkpoint_every=10, callbacks=[Stop(12)], **options)
+  again = fit(tmp_path, stop_at=10, resume=True, **options)
+  assert_same(again, fit(stop_at=10, **options))
   assert [r['step'] for r in again.select('end')] == [10]
 
 
@@ -219,7 +258,7 @@ def test_where_there_are_no_signals_runs_run(whole):
   [
     ({'seed': 1}, "in its seed: 'seed': 0 there, 1 here"),
     ({'net': training_test.Net()}, "in its parameters: 'norm/bias': float32"),
-    ({'schedule': None}, 'in its layers: '),
+    ({'schedule': None, 'track_every': None}, 'in its layers: '),
     (
       {'optimizer': optax.sgd(0.1, momentum=0.9)},
       r"in its optimiser: 'states': \[.*'ScaleByAdamState'.* there, "

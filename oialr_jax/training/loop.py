@@ -88,7 +88,7 @@ def fit(
     eval_data: returns the batches of an evaluation; 'mask' 0 marks padding.
     eval_every: steps between evaluations; there is one at the end anyway.
     track_every: steps between measurements of every layer's stability, against
-      the measurement before.
+      the measurement before, which is in the checkpoints, too.
     track_more: `(old_params, params, layers) -> {name: {path: number}}`: what
       is to be measured besides, for the same records.
     log_every: steps between 'train' records.

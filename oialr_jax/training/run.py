@@ -86,6 +86,20 @@ class _Switch:
   programs: tuple[tuple[Hashable, programs_lib.Lower], ...]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Tracked:
+  """A measurement, which the next one is compared with; as it is saved.
+
+  Attributes:
+    about: its step, and what tells the shapes of its params.
+    arrays: the bases and the mixing of the layers, in their order; params, a
+      copy, where more is measured.
+  """
+
+  about: dict[str, Any]
+  arrays: dict[str, PyTree]
+
+
 class Run:
   """What `fit` is made of; see there for the arguments."""
 
@@ -168,10 +182,10 @@ class Run:
     self._threads = background.threads()
     self._update: background.Update | None = None  # that is under way
     self._track_more = track_more
-    self._bases, self._tracked = None, None
-    nodes = transforms.low_rank_leaves(params)
+    self._bases = None
+    self._tracked: _Tracked | None = None
     # Of the low-rank leaves, after the last event.
-    self._ranks = {path: node.rank for path, node in nodes.items()}
+    self._ranks = _buffer_ranks(params)
     self._compilations = 0
     self._since = 0, 0.0  # of this program: the step, and the training clock
     # Of the program before: seconds a step, and seconds to compile it.
@@ -625,26 +639,46 @@ class Run:
   def track(self, step: int):
     """Measures how far the bases have turned since the last measurement."""
     self._catch_up(step)
+    old = self._tracked
+    if old is not None and old.about['step'] == step:
+      return  # it was the last thing in the run that this one goes on from
     self._settle()
     with self._recorder.clock('tracking'), self._spread():
-      params = self.state.params
-      bases = metrics_lib.basis(params, self._layers)
-      mixing = metrics_lib.mixing(params, self._layers)
-      more = self._track_more
-      if self._tracked is not None:
-        old_bases, old_mixing, old_params = self._tracked
-        measured = {
-          'stability': metrics_lib.stability(old_bases, bases),
-          'r_distance': metrics_lib.r_distance(old_mixing, mixing),
-          **(more(old_params, params, self._layers) if more else {}),
-        }
-        numbers = lambda values: {k: float(v) for k, v in values.items()}
-        self._recorder.record(
-          'stability', step, **{k: numbers(v) for k, v in measured.items()}
-        )
+      self._tracked = self._measure(step)
+      if old is not None:
+        changes = self._compare(old.arrays, self._tracked.arrays)
+        self._recorder.record('stability', step, **changes)
+
+  def _measure(self, step: int) -> _Tracked:
+    params = self.state.params
+    arrays: dict[str, PyTree] = snapshots.measured(params, self._layers)
+    if self._track_more:
       # A copy, because steps donate their state.
-      kept = jax.tree.map(jnp.copy, params) if more else None
-      self._tracked = bases, mixing, kept
+      arrays['params'] = jax.tree.map(jnp.copy, params)
+    about = {
+      'step': step,
+      'params': 'params' in arrays,
+      'ranks': _buffer_ranks(params),
+      'converted': self._converted,
+    }
+    return _Tracked(about, arrays)
+
+  def _compare(
+    self, old: dict[str, PyTree], new: dict[str, PyTree]
+  ) -> dict[str, dict[str, float]]:
+    """What has changed from one measurement to another, by path, by name."""
+    paths = [x.path for x in self._layers]
+    by_path = lambda name: [
+      dict(zip(paths, x[name], strict=True)) for x in (old, new)
+    ]
+    found = {
+      'stability': metrics_lib.stability(*by_path('bases')),
+      'r_distance': metrics_lib.r_distance(*by_path('mixing')),
+    }
+    if 'params' in old and 'params' in new:
+      found |= self._track_more(old['params'], new['params'], self._layers)
+    numbers = lambda values: {k: float(v) for k, v in values.items()}
+    return {name: numbers(values) for name, values in found.items()}
 
   def evaluate(self, step: int):
     if self._eval is None:
@@ -682,19 +716,21 @@ class Run:
     if self._update:
       sigmas = transforms.cut(self._update.sigmas, self.state.params)
     switch = self._switch and [self._switch.decided, self._switch.ranks]
-    nodes = transforms.low_rank_leaves(self.state.params)
     arrays = {'state': self.state, 'bases': list(bases.values())}
     if sigmas:
       arrays['sigmas'] = list(sigmas.values())
+    if self._tracked:
+      arrays['tracked'] = self._tracked.arrays
     return arrays, {
       'run': self._identity,
-      'ranks': {path: node.rank for path, node in nodes.items()},
+      'ranks': _buffer_ranks(self.state.params),
       'live_ranks': self._ranks,
       'converted': self._converted,
       'switch': switch,
       'bases': list(bases),
       'update': self._update and self._update.event.step,
       'sigmas': list(sigmas),
+      'tracked': self._tracked and self._tracked.about,
       'data': self._position,
       'batches': self._taken,
       'records': len(self._recorder.records),
@@ -722,11 +758,7 @@ class Run:
       ValueError: it is of another run; says what differs.
     """
     snapshots.check_same(self._identity, manifest['run'])
-    params = self._dense
-    if manifest.get('converted'):
-      convert = functools.partial(self._conversion.convert, layers=self._layers)
-      params = jax.eval_shape(convert, params)
-    params, bases = snapshots.shapes(params, self._layers, manifest)
+    params, bases = self._saved_shapes(manifest)
     state = dataclasses.replace(
       self.state,
       params=params,
@@ -735,7 +767,31 @@ class Run:
     others = {'bases': list(bases.values())}
     if manifest['sigmas']:
       others['sigmas'] = snapshots.sigmas(params, manifest['sigmas'])
-    return {'state': self._shapes(state), **self._whole(others)}
+    found = {'state': self._shapes(state), **self._whole(others)}
+    if manifest.get('tracked'):
+      found['tracked'] = self._tracked_shapes(manifest)
+    return found
+
+  def _saved_shapes(
+    self, manifest: checkpoint.Manifest
+  ) -> tuple[PyTree, dict[str, jax.ShapeDtypeStruct]]:
+    """Of the parameters, and of the bases by path."""
+    params = self._dense
+    if manifest.get('converted'):
+      convert = functools.partial(self._conversion.convert, layers=self._layers)
+      params = jax.eval_shape(convert, params)
+    return snapshots.shapes(params, self._layers, manifest)
+
+  def _tracked_shapes(self, manifest: checkpoint.Manifest) -> PyTree:
+    about = manifest['tracked']
+    measure = functools.partial(snapshots.measured, layers=self._layers)
+    found = self._whole(jax.eval_shape(measure, self._dense))
+    if about['params']:
+      params, _ = self._saved_shapes({**manifest, **about})
+      found['params'] = jax.tree.map(
+        _shape, params, self._place.shardings(params)
+      )
+    return found
 
   def resume(self, step: int, arrays: PyTree, manifest: checkpoint.Manifest):
     """Goes on from a snapshot, with the batches behind it."""
@@ -758,6 +814,8 @@ class Run:
     self._ranks = manifest['live_ranks']
     self._converted = manifest.get('converted', False)
     self._program = self._switch = self._update = self._tracked = None
+    if manifest.get('tracked'):  # an older release has not saved it
+      self._tracked = _Tracked(manifest['tracked'], arrays['tracked'])
     self._pace = manifest['pace']
     self._compile_seconds = manifest['compile_seconds']
     self._since = step, self._recorder.clock.seconds['training']
@@ -812,6 +870,12 @@ class Run:
       compilations=end['compilations'],
       steps_per_second=end['steps_per_second'],
     )
+
+
+def _buffer_ranks(params: PyTree) -> dict[str, int]:
+  """Of the low-rank leaves by path, with what is zeroed."""
+  nodes = transforms.low_rank_leaves(params)
+  return {path: node.rank for path, node in nodes.items()}
 
 
 def _sliced(

@@ -135,6 +135,17 @@ def shapes(
   return params, jax.eval_shape(lambda p: metrics.basis(p, measured), params)
 
 
+def measured(
+  params: PyTree, layers: Sequence[layers_lib.Layer]
+) -> dict[str, list[jax.Array]]:
+  """What tracking compares, of the layers in their order."""
+  found = {
+    'bases': metrics.basis(params, layers),
+    'mixing': metrics.mixing(params, layers),
+  }
+  return {name: [x[y.path] for y in layers] for name, x in found.items()}
+
+
 def sigmas(params: PyTree, paths: Sequence[str]) -> list[transforms.Sigma]:
   """Shapes of what an update under way decomposes, in the order of the paths.
 
