@@ -1,5 +1,6 @@
 """Runs that are interrupted at any moment end as if they had not been."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -122,6 +123,17 @@ def test_what_else_is_measured_goes_on(tmp_path):
   result = fit(tmp_path, resume=True, **options)
   assert_same(result, fit(**options))
   assert all(len(r['moved']) == 2 for r in result.select('stability'))
+
+
+def test_a_switch_is_taken_where_nothing_compiles_in_the_background(tmp_path):
+  with pytest.raises(KeyboardInterrupt):
+    fit(tmp_path, checkpoint_every=18, callbacks=[Stop(19)])
+  policy = dataclasses.replace(POLICY, background=False, reproducible=False)
+  result = fit(tmp_path, resume=True, compaction=policy)
+  slicings = [
+    (r['step'], r.get('decided')) for r in result.select('compaction')
+  ]
+  assert slicings == [(18, 16)]
 
 
 @pytest.mark.parametrize('track_every', [10, None])

@@ -612,6 +612,8 @@ class Run:
   def _ready_to_switch(self) -> bool:
     if self._switch is None or self._compaction.reproducible:
       return False
+    if not self._compaction.background:
+      return True  # it is from a run that had one; here none will be ready
     return self._programs.ready(*(key for key, _ in self._switch.programs))
 
   def _take_switch(self, step: int):
