@@ -36,7 +36,8 @@ class Keep:
   """Which checkpoints stay.
 
   Attributes:
-    last: so many of the newest; two, for the newest may turn out damaged.
+    last: so many of the newest; at least two, for the newest may turn out
+      damaged, and the one before it goes before it has its seal.
     best: so many of the best by `metric`, besides; of those that were evaluated
       at their step.
     metric: the name of a metric of the evaluations.
@@ -52,8 +53,12 @@ class Keep:
   highest: bool = False
 
   def __post_init__(self):
-    if self.last < 1:
-      raise ValueError(f'last={self.last}: must be at least 1.')
+    if self.last < 2:
+      raise ValueError(
+        f'last={self.last}: must be at least 2. Of one alone nothing is left '
+        'where a run is killed after the next one is written and before it is '
+        'sealed.'
+      )
     if self.best < 0:
       raise ValueError(f'best={self.best}: must not be negative.')
 

@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import threading
 import time
 
 import jax
@@ -149,6 +150,25 @@ def test_what_was_not_finished_is_not_loaded(tmp_path):
   assert _restore(tmp_path)[0] == 2
 
 
+def test_until_a_checkpoint_is_sealed_there_is_another(tmp_path, monkeypatch):
+  """With the fewest that may be kept, whenever the run is killed."""
+  digests, go_on = checkpoint._digests, threading.Event()
+  _save(tmp_path, [1, 2])
+
+  def slow(folder):
+    assert folder.name != '3' or go_on.wait(60)
+    return digests(folder)
+
+  monkeypatch.setattr(checkpoint, '_digests', slow)
+  with checkpoint.Checkpoints(tmp_path, checkpoint.Keep(last=2)) as saved:
+    saved.save(3, _arrays(3), {})
+    saved._manager.wait_until_finished()
+    assert saved.steps() == [2]  # 1 is gone by then
+    go_on.set()
+    saved.wait()
+    assert saved.steps() == [3, 2]
+
+
 def test_a_checkpoint_is_sealed_while_nobody_waits_for_it(tmp_path):
   """A run that is killed long after a checkpoint has that checkpoint."""
   with checkpoint.Checkpoints(tmp_path) as saved:
@@ -199,7 +219,12 @@ def test_all_can_be_deleted(tmp_path):
 
 
 @pytest.mark.parametrize(
-  'changes, message', [({'last': 0}, 'last=0'), ({'best': -1}, 'best=-1')]
+  'changes, message',
+  [
+    ({'last': 0}, 'last=0'),
+    ({'last': 1}, 'last=1: must be at least 2. Of one alone nothing is left'),
+    ({'best': -1}, 'best=-1'),
+  ],
 )
 def test_policies_that_make_no_sense(changes, message):
   with pytest.raises(ValueError, match=message):
