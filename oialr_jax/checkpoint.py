@@ -86,6 +86,7 @@ class Checkpoints:
 
   def __init__(self, folder: str | os.PathLike, keep: Keep = Keep()):  # noqa: B008
     self.folder = pathlib.Path(folder).absolute()
+    self._keep = keep
     self._sealer = futures.ThreadPoolExecutor(1, thread_name_prefix='seal')
     self._sealing: futures.Future[None] | None = None
     self._written = threading.Event()  # what was saved last, or it failed
@@ -123,9 +124,15 @@ class Checkpoints:
       metrics: of an evaluation of these arrays, for `Keep.best`.
 
     Raises:
+      ValueError: metrics lack the one by which the best are kept.
       OSError: this or the checkpoint before could not be written, as on a full
         disk. The ones before are as they were.
     """
+    wanted = self._keep.metric
+    if metrics and self._keep.best and wanted not in metrics:
+      raise ValueError(
+        f'keep.metric={wanted!r}: evaluations have {sorted(_numbers(metrics))}.'
+      )
     # The one before has to be sealed before this one takes its place.
     self.wait()
     try:

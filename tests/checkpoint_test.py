@@ -80,6 +80,14 @@ def test_the_best_stay_as_well(tmp_path, highest, best):
     assert saved.steps() == [5, 4, best]
 
 
+def test_the_best_want_their_metric(tmp_path):
+  keep = checkpoint.Keep(best=1, metric='accuracy')
+  message = r"^keep.metric='accuracy': evaluations have \['loss'\]"
+  with pytest.raises(ValueError, match=message):
+    _save(tmp_path, [1], keep, {1: 0.5})
+  _save(tmp_path, [1], keep)  # one that was not evaluated
+
+
 def test_a_step_is_saved_anew(tmp_path):
   """After a restart from an older checkpoint, steps come again."""
   _save(tmp_path, [1, 2, 3])

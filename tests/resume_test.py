@@ -36,6 +36,16 @@ class Stop(training.Callback):
       raise KeyboardInterrupt
 
 
+class Steps(training.Callback):
+  """Those that were done."""
+
+  def __init__(self):
+    self.done = []
+
+  def on_step(self, step):
+    self.done.append(step)
+
+
 def batches():
   """Of 14 a epoch: the test stops in the middle of one."""
   rng = np.random.default_rng(0)
@@ -153,16 +163,54 @@ def test_data_that_cannot_be_set_are_read_again(whole, tmp_path):
   assert_same(result, whole)
 
 
+class Stateful:
+  """Data whose state is what a test says, of the number of the next step."""
+
+  def __init__(self, save, load):
+    self._data, self._save, self._load = batches(), save, load
+
+  def __iter__(self):
+    return self
+
+  def __next__(self):
+    return next(self._data)
+
+  def get_state(self):
+    return self._save(self._data.get_state()['step'])
+
+  def set_state(self, state):
+    self._data.set_state({'step': self._load(state)})
+
+
+def test_the_state_of_data_may_be_bytes(whole, tmp_path):
+  """As that of Grain's loaders is."""
+  data = lambda: Stateful(
+    lambda step: bytes([255, step]), lambda state: state[1]
+  )
+  with pytest.raises(KeyboardInterrupt):
+    fit(tmp_path, data=data(), checkpoint_every=5, callbacks=[Stop(18)])
+  assert_same(fit(tmp_path, data=data(), resume=True), whole)
+
+
+@pytest.mark.parametrize('wrong', [{1, 2}, np.int64(3), {'at': b'3'}])
+def test_a_state_of_data_that_cannot_be_saved_is_refused_at_once(
+  tmp_path, wrong
+):
+  steps = Steps()
+  data = lambda: Stateful(lambda step: wrong, None)
+  with pytest.raises(
+    TypeError, match='returns what no checkpoint can hold .*: return bytes'
+  ):
+    fit(tmp_path, data=data(), callbacks=[steps])
+  assert not steps.done
+  fit(data=data(), stop_at=1)  # nothing is to be saved
+
+
 def test_a_finished_run_is_not_trained_again(whole, tmp_path):
   fit(tmp_path)
-  steps = []
-
-  class Spy(training.Callback):
-    def on_step(self, step):
-      steps.append(step)
-
-  assert_same(fit(tmp_path, resume=True, callbacks=[Spy()]), whole)
-  assert not steps
+  steps = Steps()
+  assert_same(fit(tmp_path, resume=True, callbacks=[steps]), whole)
+  assert not steps.done
 
 
 def test_a_run_that_was_killed_before_its_end_gets_one(tmp_path):

@@ -126,6 +126,7 @@ def fit(
       of another run (says what differs) or of a later step, no checkpoint is
       intact, an evaluation has no example, a metric of loss_fn is called like
       something else in the records.
+    TypeError: the state of data cannot be saved; a callback is none.
     FloatingPointError: the loss is not finite (with the step), and there is no
       rollback left.
     OSError: a checkpoint cannot be written, as on a full disk; those that are
@@ -214,6 +215,7 @@ def fit(
     saved, start = None, 0
     if workdir is not None:
       workdir = pathlib.Path(workdir)
+      run.position()  # what cannot be saved is refused before the first step
       saved = stack.enter_context(
         checkpoint.Checkpoints(workdir / 'checkpoints', keep)
       )

@@ -710,6 +710,14 @@ class Run:
 
   # Checkpoints.
 
+  def position(self) -> Any:
+    """Of the data, before the batch that is next, for a manifest.
+
+    Raises:
+      TypeError: it cannot be saved.
+    """
+    return snapshots.encoded(self._position)
+
   def snapshot(self) -> tuple[PyTree, checkpoint.Manifest]:
     """All that `resume` needs: arrays, and a manifest."""
     self._settle()
@@ -733,7 +741,7 @@ class Run:
       'update': self._update and self._update.event.step,
       'sigmas': list(sigmas),
       'tracked': self._tracked and self._tracked.about,
-      'data': self._position,
+      'data': self.position(),
       'batches': self._taken,
       'records': len(self._recorder.records),
       'seconds': self._recorder.clock.total(),
@@ -800,7 +808,7 @@ class Run:
     self._recorder.clock.add(manifest['seconds'])
     self._compilations = manifest['compilations']
     if hasattr(self._data, 'set_state'):
-      self._data.set_state(manifest['data'])
+      self._data.set_state(snapshots.decoded(manifest['data']))
     else:  # there is nothing but to read them; the first one is read
       for _ in range(manifest['batches'] - 1):
         next(self._data, None)

@@ -1,5 +1,6 @@
 """What a checkpoint's manifest says of a run, and what follows from it."""
 
+import base64
 from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
@@ -18,6 +19,8 @@ from oialr_jax import tree
 from oialr_jax.training import conversion as conversion_lib
 
 PyTree = Any
+
+_BYTES = 'base64'
 
 
 def identity(
@@ -133,6 +136,31 @@ def shapes(
   params = jax.eval_shape(convert, params)
   measured = [by_path[path] for path in manifest['bases']]
   return params, jax.eval_shape(lambda p: metrics.basis(p, measured), params)
+
+
+def encoded(state: Any) -> Any:
+  """The state of data as JSON holds it: itself, or of bytes their base64.
+
+  Raises:
+    TypeError: it is neither; says what `get_state` may return.
+  """
+  if isinstance(state, bytes):
+    return {_BYTES: base64.b64encode(state).decode()}
+  try:
+    json.dumps(state)
+  except (TypeError, ValueError) as e:
+    raise TypeError(
+      f'data.get_state() returns what no checkpoint can hold ({e}): return '
+      'bytes, or numbers, texts, lists and dicts with texts as keys.'
+    ) from e
+  return state
+
+
+def decoded(state: Any) -> Any:
+  """What `encoded` was given."""
+  if isinstance(state, dict) and state.keys() == {_BYTES}:
+    return base64.b64decode(state[_BYTES])
+  return state
 
 
 def measured(
