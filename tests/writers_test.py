@@ -181,6 +181,16 @@ def test_tensorboard_shows_an_interrupted_run_up_to_its_checkpoint(tmp_path):
   assert starts == [16]  # what is later, of before, is hidden
 
 
+def test_tensorboard_shows_nothing_of_another_run(tmp_path):
+  write(training.TensorBoard(tmp_path), RECORDS)
+  (old,) = tmp_path.iterdir()
+  old.rename(tmp_path / 'events.out.tfevents.1.host')  # of an earlier second
+  (tmp_path / 'notes').mkdir()
+  write(training.TensorBoard(tmp_path), RECORDS[:1])
+  (tmp_path / 'notes').rmdir()
+  assert {step for _, step in scalars(read(tmp_path))} == {10}
+
+
 class FakeWandB(types.ModuleType):
   """The part of wandb that is used, and what it was told."""
 

@@ -97,12 +97,13 @@ class Writer(callbacks.Callback):
 class TensorBoard(Writer):
   """Writes event files for TensorBoard.
 
-  Where a run goes on, those of the interrupted one are shown up to there.
+  Where a run goes on, those of the interrupted one are shown up to there; where
+  it begins, those of another one in the folder are deleted.
   """
 
   def __init__(self, folder: str | pathlib.Path, pictures_every: float = 300.0):
     super().__init__(pictures_every)
-    self._folder = folder
+    self._folder = pathlib.Path(folder)
     self._writer = None
 
   def open(self, start: callbacks.Start):
@@ -110,6 +111,9 @@ class TensorBoard(Writer):
     import tensorboardX
 
     self.close()
+    if not start.first:
+      for old in self._folder.glob('events.out.tfevents.*'):
+        old.unlink()
     self._writer = tensorboardX.SummaryWriter(
       str(self._folder), purge_step=start.first + 1 if start.first else None
     )
