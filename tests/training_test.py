@@ -524,6 +524,9 @@ def test_arguments_that_cannot_be_are_said(caplog):
   late = oialr.Schedule(steps=STEPS, delay=9, every=500)
   fit(schedule=late, steps=STEPS, stop_at=1)
   assert 'ends before the first update, at step 509' in caplog.text
+  never = oialr.Schedule(steps=STEPS, delay=0.99)
+  fit(schedule=never, stop_at=1)
+  assert 'the transition, at step 30, never comes: the run stays' in caplog.text
 
 
 def test_a_diverging_loss_stops_the_run_with_its_step():

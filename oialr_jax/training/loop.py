@@ -179,11 +179,8 @@ def fit(
   if jax.process_count() > 1:
     # Processes take the same decisions, but do not measure the same seconds.
     compaction = dataclasses.replace(compaction, reproducible=True)
-  if schedule is not None and len(schedule.events()) == 1:
-    logging.warning(
-      'the run ends before the first update, at step %s: nothing is pruned',
-      schedule.delay_steps + schedule.every,
-    )
+  if schedule is not None:
+    _warn_if_short(schedule)
   stop = stop_at or steps
   recorder = recorder_lib.Recorder()
   run = run_lib.Run(
@@ -390,6 +387,20 @@ def _check_finite(params: PyTree, step: int):
         f'{path!r} is not finite after step {step}: training diverged. Lower '
         'the learning rate or clip the gradients.'
       )
+
+
+def _warn_if_short(schedule: schedule_lib.Schedule):
+  """Says so, where the method has hardly a place in the run."""
+  delay, count = schedule.delay_steps, len(schedule.events())
+  if not count:  # a share of the run may round to all of it
+    logging.warning(
+      'the transition, at step %s, never comes: the run stays dense', delay
+    )
+  elif count == 1:
+    logging.warning(
+      'the run ends before the first update, at step %s: nothing is pruned',
+      delay + schedule.every,
+    )
 
 
 def _resume(
