@@ -515,11 +515,22 @@ def test_a_run_that_begins_with_low_ranks_is_resumed(tmp_path):
   assert_same(run(tmp_path / 'twice', resume=True), run(tmp_path / 'once'))
 
 
-def test_a_torn_record_does_not_keep_a_run_from_resuming(tmp_path, whole):
+@pytest.mark.parametrize('torn', [0, 1, -1])
+def test_a_torn_record_does_not_keep_a_run_from_resuming(tmp_path, whole, torn):
+  options = dict(checkpoint_every=5)
   with pytest.raises(KeyboardInterrupt):
-    fit(tmp_path, checkpoint_every=5, callbacks=[Stop(22)])
+    fit(tmp_path, callbacks=[Stop(17)], **options)
   file = tmp_path / 'metrics.jsonl'
   lines = file.read_text().splitlines()
-  file.write_text('\n'.join([lines[0][:20], *lines[1:]]))
-  result = fit(tmp_path, resume=True)
+  lines[torn] = lines[torn][:20]
+  file.write_text('\n'.join(lines))
+  # Interrupted again: what is lost must not cost another one.
+  with pytest.raises(KeyboardInterrupt):
+    fit(tmp_path, callbacks=[Stop(22)], resume=True, **options)
+  result = fit(tmp_path, resume=True, **options)
   jax.tree.map(np.testing.assert_array_equal, result.state, whole.state)
+  records = [json.loads(x) for x in file.read_text().splitlines()]
+  assert records == list(result.records)
+  uninterrupted = fit(tmp_path / 'other', **options)
+  lost = len(uninterrupted.records) - len(records)
+  assert lost == (torn >= 0)  # of what is behind the checkpoint, nothing is

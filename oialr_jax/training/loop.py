@@ -422,9 +422,9 @@ def _resume(
 def _records(file: pathlib.Path, count: int) -> list[recorder_lib.Record]:
   """The first records of a file, without what a power cut has torn."""
   found = []
-  for line in file.read_text().splitlines()[:count]:
+  for i, line in enumerate(file.read_text().splitlines()[:count], 1):
     try:
       found.append(json.loads(line))
     except ValueError:
-      logging.warning('%s: line %s is damaged', file, len(found) + 1)
+      logging.warning('%s: line %s is damaged', file, i)
   return found

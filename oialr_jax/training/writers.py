@@ -6,6 +6,7 @@ starts its writers, and the others must not touch its files.
 
 from collections.abc import Mapping, Sequence
 import json
+import os
 import pathlib
 import statistics
 import time
@@ -21,7 +22,8 @@ Record = callbacks.Record
 class Jsonl(callbacks.Callback):
   """Writes the records to a file, a JSON object a line.
 
-  Where a run goes on, the lines of the steps that are done stay.
+  Where a run goes on, the lines of the steps that are done stay, without what
+  was damaged: the file is the run's records, line by line.
   """
 
   def __init__(self, path: str | pathlib.Path):
@@ -31,16 +33,14 @@ class Jsonl(callbacks.Callback):
   def on_start(self, start: callbacks.Start):
     self.close()
     self._path.parent.mkdir(parents=True, exist_ok=True)
-    # Cut, not written anew: a process may be killed at any moment.
-    with open(self._path, 'ab+') as file:
-      file.seek(0)
-      for _ in start.records:
-        file.readline()
-      file.truncate()
+    # Beside it, and then in its place: a process may be killed at any moment.
+    anew = self._path.with_name(f'{self._path.name}.tmp')
+    anew.write_text(''.join(map(_line, start.records)))
+    os.replace(anew, self._path)
     self._file = open(self._path, 'a', buffering=1)
 
   def on_record(self, record: Record):
-    self._file.write(json.dumps(record) + '\n')
+    self._file.write(_line(record))
 
   def close(self):
     if self._file is not None:
@@ -174,6 +174,10 @@ class WandB(Writer):
     if self._run is not None:
       ended = any(r['kind'] == 'end' for r in self._records[-1:])
       self._run.finish(exit_code=0 if ended else 1)
+
+
+def _line(record: Record) -> str:
+  return json.dumps(record) + '\n'
 
 
 def pictures(records: Sequence[Record]) -> dict[str, np.ndarray]:
