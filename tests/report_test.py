@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from oialr_jax.report import plots
+from oialr_jax.report import series
 from oialr_jax.report import svg
 
 PATHS = ['encoder/conv/kernel', 'encoder/dense/kernel']
@@ -54,6 +55,7 @@ def event(step, paths=PATHS):
     'kind': 'event',
     'step': step,
     'event': 'transition' if step == 10 else 'update',
+    'converted': list(paths) if step == 10 else [],
     'updated': [] if step == 10 else list(paths),
     'ranks_before': {} if step == 10 else dict.fromkeys(paths, 80 // step * 2),
     'ranks': dict.fromkeys(paths, 80 // step),
@@ -86,6 +88,15 @@ def test_loss_shows_every_run_and_the_transition():
   assert axes.get_ylabel() == 'loss'
   assert axes.get_xlabel() == 'optimiser steps'
   assert axes.get_yscale() == 'log'  # from 1 to 1/40
+
+
+def test_the_transition_is_where_the_first_layers_go_low_rank():
+  """Where stability decides, that may be after the first event."""
+  run = records()
+  assert series.transition(run) == 10
+  measured = {**event(5), 'event': 'transition', 'converted': [], 'ranks': {}}
+  assert series.transition([measured, *run]) == 10
+  assert series.transition([measured]) is None
 
 
 def test_loss_is_at_its_steps_where_records_are_lost():

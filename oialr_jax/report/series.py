@@ -32,8 +32,9 @@ def end(records: Records) -> Record:
 
 
 def transition(records: Records) -> int | None:
-  """The step at which the run went low-rank."""
-  return next((r['step'] for r in of(records, 'event')), None)
+  """The step at which the run went low-rank: the first layers of it did."""
+  converting = holding(records, 'event', 'converted')
+  return next((r['step'] for r in converting), None)
 
 
 def metrics(records: Records) -> list[str]:
