@@ -137,6 +137,10 @@ def test_the_step_is_compiled_only_when_shapes_change():
   assert result.compilations == 2 + len(_compactions(result))
   never = fit(compaction=training.Compaction(min_saving=1))
   assert never.compilations == 2
+  # What is sliced at the end alone was carried by all steps.
+  last, end = never.select('train')[-1], never.select('end')[-1]
+  assert end['optimizer_bytes'] == last['optimizer_bytes']
+  assert end['optimizer_bytes'] > 8 * end['trainable'] + 8
 
 
 def test_compaction_changes_nothing_but_shapes():

@@ -853,6 +853,7 @@ class Run:
       self.evaluate(step)
     if self._converted:  # by whatever its step has done since
       self._ranks = transforms.compact_ranks(self.state.params)
+    carried = self._optimizer_bytes()  # by the steps: no state is left behind
     self._slice(step, self._ranks)
     stopped = self._recorder.stopped
     self._recorder.record(
@@ -862,7 +863,7 @@ class Run:
       seconds=self._recorder.clock.total(),
       compilations=self._compilations,
       steps_per_second=rate,
-      optimizer_bytes=self._optimizer_bytes(),
+      optimizer_bytes=carried,
       **self._counts(),
     )
 
