@@ -154,7 +154,14 @@ def after(done: PyTree, arrays: PyTree) -> PyTree:
 # every new shape, and events are full of new shapes.
 _svd_p = jax.extend.core.Primitive('svd')
 _svd_p.multiple_results = True
-_svd_p.def_impl(jax.jit(_svd_p.bind, static_argnames='vectors'))
+_compiled = jax.jit(_svd_p.bind, static_argnames='vectors')
+
+
+@_svd_p.def_impl
+def _eager(w, *, vectors):
+  # Under `jax.disable_jit` the compiled function would come back here for ever.
+  with jax.disable_jit(False):
+    return _compiled(w, vectors=vectors)
 
 
 @_svd_p.def_abstract_eval

@@ -62,6 +62,14 @@ def test_an_svd_under_vmap_is_that_of_each():
     jax.tree.map(np.testing.assert_array_equal, x, _stacked(expected))
 
 
+@pytest.mark.parametrize('f', [linalg.svd, linalg.singular_values])
+def test_an_svd_needs_no_jit_around_it(f):
+  w = _random(2, 5, 4)
+  with jax.disable_jit():
+    found = f(w)
+  jax.tree.map(np.testing.assert_array_equal, found, f(w))
+
+
 def _stacked(trees):
   return jax.tree.map(lambda *x: np.stack(x), *trees)
 
