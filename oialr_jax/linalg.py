@@ -53,11 +53,11 @@ def svd_live(s: Array, live: Array) -> tuple[Array, Array, Array]:
   both = live[:, :, None] & live[:, None, :]
   s = jnp.where(both, s, 0)
   top = 2 * jnp.linalg.norm(s, axis=(-2, -1), keepdims=True)
-  pad = jnp.where(live, 0, 1)[:, :, None] * jnp.eye(r, dtype=s.dtype)
+  pad = jnp.where(live[:, :, None], 0, jnp.eye(r, dtype=s.dtype)[None])
   u, sv, vt = svd(s + pad * jnp.where(top > 0, top, 1))
   dropped = r - jnp.sum(live, axis=-1, keepdims=True)
-  order = (jnp.arange(r) + dropped) % r
-  keep = jnp.arange(r) < r - dropped
+  order = (jnp.arange(r)[None] + dropped) % r
+  keep = jnp.arange(r)[None] < r - dropped
   u = jnp.take_along_axis(u, order[:, None, :], axis=-1)
   vt = jnp.take_along_axis(vt, order[:, :, None], axis=-2)
   sv = jnp.take_along_axis(sv, order, axis=-1)
@@ -87,7 +87,8 @@ def above_rounding(s: Array, size: int) -> Array:
 def drift(u: Array) -> Array:
   """max |U^T U - I| over the live columns of `u [b, m, r]`, as `[b]`."""
   gram = lowrank.matmul(lowrank.transpose(u), u)
-  eye = jnp.eye(u.shape[-1], dtype=u.dtype) * lowrank.live(u)[:, None, :]
+  eye = jnp.eye(u.shape[-1], dtype=u.dtype)[None]
+  eye = jnp.where(lowrank.live(u)[:, None, :], eye, 0)
   return jnp.max(jnp.abs(gram - eye), axis=(-2, -1), initial=0)
 
 

@@ -346,7 +346,7 @@ def transpose(a: Array) -> Array:
 
 def wide(x: Array) -> Array:
   """In float32 or, where it is wider already, as it is."""
-  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  return x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
 
 
 def _dense_shape(view, lead, batch, rows, vt_shape) -> tuple[int, ...]:

@@ -499,7 +499,8 @@ def live_rank(node: LowRank) -> Array:
 def is_aligned(s: Array) -> Array:
   """Whether Sigma `[..., r, r]` is diag(s_1 >= s_2 >= ... >= 0): `[...]`."""
   values = jnp.diagonal(s, axis1=-2, axis2=-1)
-  off_diagonal = s * (1 - jnp.eye(s.shape[-1], dtype=s.dtype))
+  eye = jnp.broadcast_to(jnp.eye(s.shape[-1], dtype=s.dtype), s.shape)
+  off_diagonal = s * (1 - eye)
   falling = jnp.all(values[..., :-1] >= values[..., 1:], axis=-1)
   diagonal = jnp.all(off_diagonal == 0, axis=(-2, -1))
   return diagonal & falling & (values[..., -1] >= 0)
@@ -701,7 +702,7 @@ def _prune(u, s, vt, values, cutoff, max_drop, floor):
   """Zeroes what the rule of `prune_sigma` drops, by falling values `[b, r]`."""
   live = jnp.sum(lowrank.live(u), axis=-1)
   kept = kept_rank(values, live, cutoff, max_drop, floor)
-  keep = jnp.arange(s.shape[-1]) < kept[:, None]
+  keep = jnp.arange(s.shape[-1])[None] < kept[:, None]
   return (
     jnp.where(keep[:, None, :], u, 0),
     jnp.where(keep[:, None, :] & keep[:, :, None], s, 0),
@@ -723,10 +724,11 @@ def kept_rank(
   values: Array, live: Array, cutoff: float, max_drop: float, floor: int
 ) -> Array:
   """The rule of `prune_sigma`: k' of singular values `[b, r]`, k = live `[b]`."""
-  inside = jnp.arange(values.shape[-1]) < live[:, None]
+  inside = jnp.arange(values.shape[-1])[None] < live[:, None]
   above = jnp.sum(inside & (values >= cutoff * values[:, :1]), axis=-1)
   # The nudge keeps 0.65 * 180 from falling short of 117 in float32.
-  at_least = live - jnp.floor(live * max_drop + 1e-4).astype(live.dtype)
+  dropped = jnp.floor(live.astype(jnp.float32) * max_drop + 1e-4)
+  at_least = live - dropped.astype(live.dtype)
   kept = jnp.maximum(jnp.maximum(above, at_least), max(1, floor))
   return jnp.minimum(live, kept)
 

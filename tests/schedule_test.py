@@ -455,6 +455,27 @@ def test_a_program_that_meets_what_is_not_finite_says_so_too():
     oialr.apply_event(event, bad, state, LAYERS, schedule, program=program)
 
 
+@pytest.mark.parametrize(
+  'promotion',
+  [
+    pytest.param(lambda: jax.numpy_dtype_promotion('strict'), id='of_dtypes'),
+    pytest.param(lambda: jax.numpy_rank_promotion('raise'), id='of_ranks'),
+  ],
+)
+def test_no_event_needs_implicit_promotion(promotion):
+  schedule = _schedule(prune_at_transition=True)
+  params = {'fourth': _params()['fourth']}
+  state = oialr.train_sigma(optax.adam(0.1)).init(params)
+
+  with promotion():
+    for step in (2, 4):
+      params, state, report = _apply(
+        schedule, step, params, state, layers=LAYERS[-1:]
+      )
+
+  assert report.updated == report.pruned == PATHS[-1:]
+
+
 def test_foresee_says_what_the_event_is_going_to_do():
   mixed = _low_rank_params() | {'second': _params()['second']}
   for schedule, step, params in (

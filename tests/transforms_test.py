@@ -203,6 +203,29 @@ def test_kernels_of_equal_shapes_are_decomposed_in_one_svd():
     assert sorted(e.invars[0].aval.shape for e in svds) == sizes
 
 
+@pytest.mark.parametrize(
+  'promotion',
+  [
+    pytest.param(lambda: jax.numpy_dtype_promotion('strict'), id='of_dtypes'),
+    pytest.param(lambda: jax.numpy_rank_promotion('raise'), id='of_ranks'),
+  ],
+)
+def test_no_transform_needs_implicit_promotion(promotion, dtype):
+  layers = [kernels.BY_PATH[path] for path in ('tall', 'qkv')]
+  params = kernels.random_params(layers, dtype=dtype)
+  with promotion():
+    low = kernels.trained(oialr.to_lowrank(params, layers))
+    aligned = oialr.update_basis(low)
+    for pruned in (low, aligned):
+      pruned = oialr.prune_sigma(pruned, cutoff=0.5)
+      oialr.to_dense(oialr.to_factors(oialr.compact(pruned)))
+    oialr.drift(aligned)
+    oialr.mixing(params, layers)
+    oialr.spectra(aligned, layers)
+    found = oialr.stability(*(oialr.basis(p, layers) for p in (low, aligned)))
+  np.testing.assert_allclose([*found.values()], 1, atol=2e-2)
+
+
 def test_to_lowrank_takes_numpy_arrays_of_float64():
   rng = np.random.default_rng(0)
   params = {'kernel': rng.normal(size=(12, 5))}
