@@ -230,4 +230,4 @@ def _triangle(w: Array):
 
 @jax.jit
 def _singular_values(w: Array):
-  return (jnp.linalg.svd(w, compute_uv=False),)
+  return (linalg.singular_values(w),)

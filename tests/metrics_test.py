@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -243,6 +244,16 @@ def test_spectra_are_the_singular_values(states, state):
 
 def test_the_spectra_of_dense_params_are_none_by_default(states):
   assert oialr.spectra(states['dense']) == {}
+
+
+def test_spectra_on_a_tpu_are_by_rotations():
+  """The library's decomposition takes minutes to compile there."""
+  layer = kernels.BY_PATH['tall']
+  spectra = jax.jit(lambda p: oialr.spectra(p, [layer]))
+  shapes = {'tall': jax.ShapeDtypeStruct(layer.shape, jnp.float32)}
+  text = jax.export.export(spectra, platforms=['tpu'])(shapes).mlir_module()
+  assert 'Eigh' not in text
+  assert text.count('stablehlo.while') == 2, 'sweeps of rounds, no more'
 
 
 def test_factors_have_the_metrics_of_their_product(states):
