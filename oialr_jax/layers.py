@@ -335,7 +335,8 @@ class _Kernel:
 class _Use:
   """What one equation does with a kernel: `why_not` when it cannot be one.
 
-  `within` names the equation around it whose derivative is its own.
+  `within` names what keeps `factored` from a chain: an equation around it
+  whose derivative is its own, or a parameter of its own.
   """
 
   kind: str
@@ -518,6 +519,8 @@ class _Reader:
     kernel, x = operands[side], eqn.invars[1 - side].aval.shape
     used = {*contract[1 - side], *batch[1 - side]}
     tokens = math.prod(n for i, n in enumerate(x) if i not in used)
+    if eqn.params.get('out_sharding') is not None:
+      kernel = dataclasses.replace(kernel, through='out_sharding')
     self._matrix('dot', kernel, contract[side], batch[side], tokens)
 
   def _conv(self, eqn, operands):

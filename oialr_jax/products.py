@@ -124,6 +124,10 @@ def dot(eqn, operands) -> Array | None:
   """x W or x W^T as a chain of contractions; None when it cannot be one."""
   if all(isinstance(x, Kernel) for x in operands):
     return None
+  if eqn.params.get('out_sharding') is not None:
+    # Said of the one product that there was. Of those in a chain, some have
+    # another shape, and to where they should go nobody has said.
+    return None
   side = 0 if isinstance(operands[0], Kernel) else 1
   kernel, x = operands[side], operands[1 - side]
   contract, batch = eqn.params['dimension_numbers']

@@ -663,6 +663,47 @@ def test_factored_under_sharding_constraints():
   _assert_close(jax.jit(forward)(params, x), x @ oialr.to_dense(params)['w'])
 
 
+@pytest.mark.parametrize('scanned', [False, True])
+def test_a_sharding_that_the_program_asks_for_is_that_of_the_product(scanned):
+  """Where shardings are types, whatever else the product has is an error."""
+  spec, explicit = jax.sharding.PartitionSpec, jax.sharding.AxisType.Explicit
+  mesh = jax.make_mesh((1,), ('data',), axis_types=(explicit,))
+  rows, whole = spec('data'), spec()
+  put = lambda x, s: jax.device_put(x, jax.sharding.NamedSharding(mesh, s))
+  params = programs.with_low_rank(
+    {'w': programs.normal(8, 8)},
+    (programs.dot('w', (8, 8), (0,), (1,), 5),),
+    lambda layer: 3,
+  )
+  params = jax.tree.map(lambda x: put(x, whole), params)
+  x = programs.normal(5, 8)
+
+  def fn(p, x):
+    if not scanned:
+      return jnp.einsum('tm,mn->tn', x, p['w'], out_sharding=whole)
+
+    def step(x, _):
+      x = jax.sharding.reshard(x, whole)
+      return jnp.einsum('tm,mn->tn', x, p['w'], out_sharding=rows), None
+
+    return lax.scan(step, x, length=2)[0]
+
+  with jax.set_mesh(mesh):
+    if scanned:
+      x = put(x, rows)
+    else:  # contracted along an axis that both are split over
+      node, x = params['w'], put(x, spec(None, 'data'))
+      params['w'] = dataclasses.replace(node, u=put(node.u, rows))
+    (layer,) = oialr.find_layers(fn, params, x)
+    assert layer.multiplied_out == 'out_sharding'
+    dense = lambda p, x: fn(oialr.to_dense(p), x)
+    actual, grads = _run(oialr.factored(fn), params, (x,))
+    desired, dense_grads = _run(dense, params, (x,))
+  assert jax.typeof(actual) == jax.typeof(desired)
+  _assert_close(actual, desired)
+  _assert_close(_trained(grads), _trained(dense_grads))
+
+
 # Arguments.
 
 
