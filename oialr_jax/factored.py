@@ -183,6 +183,13 @@ def _cond(eqn, operands) -> list:
     lambda nodes, program=program: _run(program, enter(nodes))
     for program in eqn.params['branches']
   ]
+  # Of `lax.platform_dependent`: a switch would be lowered with all branches,
+  # on platforms that know nothing of what is in some of them.
+  platforms = eqn.params.get('branches_platforms')
+  if platforms is not None:
+    named = zip(platforms, branches, strict=True)
+    per_platform = {n: f for ns, f in named for n in ns or ('default',)}
+    return lax.platform_dependent(nodes, **per_platform)
   return lax.switch(index, branches, nodes)
 
 

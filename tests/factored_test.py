@@ -17,6 +17,7 @@ import hypothesis
 from hypothesis import strategies as st
 import jax
 from jax import lax
+from jax.extend import core as jex
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -494,6 +495,32 @@ def test_of_an_input_only_its_part_in_u_is_kept(
   assert kept in saved
   assert x.shape not in saved
   assert x.shape in residuals(lambda p, x: fn(oialr.to_dense(p), x))
+
+
+@pytest.mark.parametrize('with_default', [False, True])
+def test_of_platform_dependent_branches_only_the_platforms_is_lowered(
+  with_default,
+):
+  _, params, x = _pair()
+  # A primitive that no platform knows, as CPUs do not know a TPU's kernels.
+  unknown = jex.Primitive('unknown')
+  unknown.def_abstract_eval(lambda x: x)
+  here, elsewhere = jnp.dot, lambda x, w: unknown.bind(x @ w)
+  branches = {'cpu': here, 'cuda': here, 'tpu': elsewhere}
+  if with_default:
+    branches = {'tpu': elsewhere, 'default': here}
+  fn = lambda p, x: jnp.tanh(lax.platform_dependent(x, p['w'], **branches))
+  forward = oialr.factored(fn, contraction='factors')
+  dense = oialr.to_dense(params)
+  _assert_close(jax.jit(forward)(params, x), fn(dense, x))
+  _assert_close(forward(params, x), fn(dense, x))
+  jaxpr = jax.make_jaxpr(forward)(params, x)
+  platforms = lambda jaxpr: [
+    eqn.params['branches_platforms'] for eqn in _equations(jaxpr, 'cond')
+  ]
+  assert platforms(jaxpr) == platforms(jax.make_jaxpr(fn)(dense, x))
+  # And the kernel stays in factors.
+  assert 8 * 9 not in {a.size for a in _arrays(jaxpr)}
 
 
 # In company.
