@@ -11,6 +11,7 @@ x U [tokens, r] is kept for the backward pass, and dW is never formed.
 """
 
 from collections.abc import Callable, Mapping
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -125,6 +126,13 @@ def _run(jaxpr: jex.ClosedJaxpr, operands: list) -> list[Array]:
 def _rule(eqn: jex.JaxprEqn, operands: list) -> list:
   if not any(isinstance(x, products.Kernel) for x in operands):
     return jaxprs.bind(eqn, operands)
+  # What takes its place is of the scope that a profile knows the equation by.
+  scope = str(eqn.source_info.name_stack)
+  with jax.named_scope(scope) if scope else contextlib.nullcontext():
+    return _with_kernels(eqn, operands)
+
+
+def _with_kernels(eqn: jex.JaxprEqn, operands: list) -> list:
   name = eqn.primitive.name
   program = jaxprs.called(eqn)
   if program is not None:

@@ -731,6 +731,31 @@ def test_a_sharding_that_the_program_asks_for_is_that_of_the_product(scanned):
   _assert_close(_trained(grads), _trained(dense_grads))
 
 
+@pytest.mark.parametrize('contraction', CONTRACTIONS)
+def test_products_have_the_name_scopes_of_the_program(contraction):
+  """By which a profile is read."""
+
+  def fn(p, x):
+    with jax.named_scope('block'):
+      with jax.named_scope('up'):
+        x = jax.jit(lambda x: jnp.tanh(x @ p['a']))(x)
+      with jax.named_scope('down'):
+        return jax.checkpoint(lambda x, w: x @ w)(x, p['b'])
+
+  params, x = programs.shapes(a=(8, 9), b=(9, 7)), programs.normal(5, 8)
+  layers = oialr.find_layers(fn, params, x)
+  params = programs.with_low_rank(
+    programs.values(params), layers, lambda layer: 3
+  )
+  forward = oialr.factored(fn, contraction=contraction)
+  text = jax.jit(forward).lower(params, x).as_text(debug_info=True)
+  names = re.findall(r'"(jit.*dot_general)"', text)
+  assert {'/'.join(name.split('/')[1:3]) for name in names} == {
+    'block/up',
+    'block/down',
+  }
+
+
 # Arguments.
 
 
