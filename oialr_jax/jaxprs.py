@@ -10,6 +10,8 @@ import jax
 from jax.extend import core as jex
 import jax.numpy as jnp
 
+from oialr_jax import tree
+
 # Equations that hold a program of their own and call it once, on their
 # operands, without a meaning of their own for derivatives.
 _CALLS = ('jit', 'pjit', 'closed_call', 'core_call', 'call')
@@ -132,7 +134,7 @@ def trace(fn: Callable[..., Any], args: tuple, kwargs: dict, is_leaf=None):
     among the leaves of `(args, kwargs)`, and the tree of what fn returns.
   """
   leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf)
-  dynamic = {i: x for i, x in enumerate(leaves) if _is_array(x)}
+  dynamic = {i: x for i, x in enumerate(leaves) if tree.is_array(x)}
 
   def flat(*arrays):
     filled = list(leaves)
@@ -156,9 +158,3 @@ def _shape_of(x, is_leaf):
   total = lambda leaves: sum(jnp.sum(a, dtype=x.dtype) for a in leaves)
   fill = lambda leaves: jnp.full(x.shape, total(leaves), x.dtype)
   return jax.eval_shape(fill, jax.tree.leaves(x))
-
-
-def _is_array(x: Any) -> bool:
-  # NumPy arrays are as good as traced values to a JAX function. Types are not:
-  # `np.float32` has a shape and a dtype, which are those of its instances.
-  return not isinstance(x, type) and hasattr(x, 'shape') and hasattr(x, 'dtype')

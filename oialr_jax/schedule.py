@@ -298,7 +298,8 @@ def apply_event(
 
   Args:
     event: from `schedule.event(step)`.
-    params: pytree of parameters.
+    params: pytree of parameters. What is no array (functions, flags) stays
+      what it is, there and in the optimiser's state.
     opt_state: of `train_sigma(tx)`; None when there is none to carry along.
     layers: those that the method is for, from `select`.
     schedule: the schedule that the event is from.
@@ -328,7 +329,8 @@ def apply_event(
       ]
   plan = Plan.of(event, layers, leaves, converting, schedule)
   _check_rotations(event, plan, rotations)
-  args = params, opt_state
+  given = params, opt_state
+  args = tree.arrays(given)
   if plan.lags:
     args += ({path: rotations[path] for path in plan.updated},)
   if tree.is_concrete((params, opt_state)):
@@ -339,6 +341,7 @@ def apply_event(
     transforms.check_decomposed(aligned)
   else:
     params, opt_state, _, _, found = _do(plan, *args)
+  params, opt_state = tree.with_others((params, opt_state), given)
   gone = set(plan.converted)
   return (
     params,
@@ -449,7 +452,7 @@ class Plan:
     take = functools.partial(transforms.sigmas, paths=self.updated)
     like = lambda x: transforms.Rotation(x.s, x.s[..., 0], x.s)
     shapes = lambda p: {path: like(x) for path, x in take(p).items()}
-    return jax.eval_shape(shapes, params)
+    return jax.eval_shape(shapes, tree.arrays(params))
 
   def lower(
     self,
@@ -468,7 +471,7 @@ class Plan:
       place: constrains where the results are, `(params, opt_state, others) ->
         params, opt_state, others`; hashable.
     """
-    args = params, opt_state
+    args = tree.arrays((params, opt_state))
     if self.lags:
       args += (rotations or self.rotations(params),)
     return _jitted().lower(self, *args, place=place)

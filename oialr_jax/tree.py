@@ -88,5 +88,31 @@ def is_concrete(tree: PyTree) -> bool:
   )
 
 
+def is_array(x: Any) -> bool:
+  """Whether a leaf is an array, traced or only a shape."""
+  # NumPy arrays are as good as traced values to a JAX function. Types are not:
+  # `np.float32` has a shape and a dtype, which are those of its instances.
+  return not isinstance(x, type) and hasattr(x, 'shape') and hasattr(x, 'dtype')
+
+
+def arrays(tree: PyTree) -> PyTree:
+  """The tree with None, which `jax.jit` takes, for all that is no array."""
+  if all(map(is_array, jax.tree.leaves(tree))):
+    return tree
+  return jax.tree.map(lambda x: x if is_array(x) else None, tree)
+
+
+def with_others(arrays: PyTree, tree: PyTree) -> PyTree:
+  """The arrays, with what is no array in the tree put back in its place."""
+  if all(map(is_array, jax.tree.leaves(tree))):
+    return arrays
+  return jax.tree.map(
+    lambda other, x: x if other is None else other,
+    jax.tree.map(lambda x: None if is_array(x) else x, tree),
+    arrays,
+    is_leaf=lambda x: x is None,
+  )
+
+
 def _name(key_path) -> str:
   return jax.tree_util.keystr(key_path, simple=True, separator='/')

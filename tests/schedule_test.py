@@ -12,6 +12,8 @@ import pytest
 import oialr_jax as oialr
 from oialr_jax import linalg
 from oialr_jax import schedule as schedule_lib
+from oialr_jax import transforms
+from oialr_jax import tree
 
 # Execution order is that of the names; the parameters lie the other way round.
 NAMES = ('first', 'second', 'third', 'fourth')
@@ -474,6 +476,38 @@ def test_no_event_needs_implicit_promotion(promotion):
       )
 
   assert report.updated == report.pruned == PATHS[-1:]
+
+
+@pytest.mark.parametrize('ahead', [False, True])
+@pytest.mark.parametrize('lag', [0, 1])
+def test_what_is_no_array_goes_through_events_as_it_is(ahead, lag):
+  """As Equinox modules hold activation functions and flags."""
+  others = {
+    'activation': jnp.tanh,
+    'inference': True,
+    'name': 'net',
+    'no': None,
+  }
+  params = {'fourth': _params()['fourth']} | others
+  state = oialr.train_sigma(optax.adam(0.1)).init(tree.arrays(params))
+  schedule, layers = _schedule(lag=lag), LAYERS[-1:]
+
+  for step in (2, 4):
+    event, kwargs = schedule.event(step), {}
+    if event.lag:
+      found = transforms.decompose(transforms.sigmas(params))
+      kwargs['rotations'] = found
+    if ahead:
+      plan = schedule_lib.foresee(event, params, layers, schedule)
+      kwargs['program'] = plan.lower(params, state).compile()
+    before = jax.tree.structure(state)
+    params, state, _ = oialr.apply_event(
+      event, params, state, layers, schedule, **kwargs
+    )
+    assert jax.tree.structure(state) == before
+    assert all(params[name] is x for name, x in others.items())
+
+  assert oialr.ranks(params) == {'fourth/kernel': 3}
 
 
 def test_foresee_says_what_the_event_is_going_to_do():

@@ -209,3 +209,21 @@ def test_is_concrete():
   assert seen == [False]
   assert not tree.is_concrete([jax.ShapeDtypeStruct((2,), jnp.float32)])
   assert tree.is_concrete([jnp.ones(2), np.ones(2), 1.0, 'name', None])
+
+
+def test_what_is_no_array_can_be_left_out_and_put_back():
+  arrays = {'a': jnp.ones(3), 'b': np.float32(2), 'c': jnp.zeros((2, 2))}
+  others = {'f': jnp.tanh, 'flag': True, 'type': np.float32, 'none': None}
+  given = arrays | others
+  found = tree.arrays(given)
+  assert found == arrays | dict.fromkeys(others)
+  doubled = jax.tree.map(lambda x: 2 * x, found)
+  joined = tree.with_others(doubled, given)
+  assert joined == doubled | others
+  assert all(joined[name] is x for name, x in others.items())
+  # Arrays may become nodes, as kernels do.
+  nodes = doubled | {'c': (doubled['c'], None)}
+  assert tree.with_others(nodes, given)['c'] is not None
+  assert tree.with_others(nodes, given)['c'][0] is doubled['c']
+  # Where there is nothing to put back, nothing is built anew.
+  assert tree.arrays(arrays) is tree.with_others(arrays, arrays) is arrays
