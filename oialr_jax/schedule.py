@@ -24,6 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 import math
+import numbers
 from typing import Any
 
 import jax
@@ -138,7 +139,7 @@ class Schedule:
         f'last={self.last}: is before the transition at step '
         f'{self.delay_steps}.'
       )
-    if not isinstance(self.lag, int) or not 0 <= self.lag < self.every:
+    if not _is_whole(self.lag) or not 0 <= self.lag < self.every:
       raise ValueError(
         f'lag={self.lag}: must be a number of steps in [0, {self.every}), for '
         f'after every={self.every} steps the next update begins.'
@@ -237,13 +238,13 @@ class Schedule:
   def _resolve(self, name: str) -> int:
     """A number of steps from an int of steps or a share of the run."""
     value = getattr(self, name)
-    share = isinstance(value, float)
+    share = not _is_whole(value)
     if not (0 <= value < 1 if share else 0 <= value < self.steps):
       raise ValueError(
         f'{name}={value}: must be a step of the run, in [0, {self.steps}), '
         'or, as a float, a share of it in [0, 1).'
       )
-    return round(value * self.steps) if share else value
+    return round(value * self.steps) if share else int(value)
 
 
 @functools.partial(
@@ -610,18 +611,23 @@ def _compiles(options: dict[str, Any]) -> bool:
 def _fit(plan: Plan) -> dict[str, int]:
   """Fixed ranks; a layer that is smaller than the rank keeps all it has."""
   fits = lambda x: (
-    min(plan.rank, x.max_rank) if isinstance(plan.rank, int) else plan.rank
+    min(plan.rank, x.max_rank) if _is_whole(plan.rank) else plan.rank
   )
   return {x.path: layers_lib.rank_of(x, fits(x)) for x in plan.converting}
 
 
 def _check_rank(rank: int | float):
-  share = isinstance(rank, float)
+  share = not _is_whole(rank)
   if not (0 < rank <= 1 if share else rank >= 1):
     raise ValueError(
       f'rank={rank}: must be a number of directions, at least 1, or, as a '
       'float, a share of min(m, n) in (0, 1].'
     )
+
+
+def _is_whole(value: Any) -> bool:
+  # NumPy's integers are no ints, and a float32 is no float.
+  return isinstance(value, numbers.Integral)
 
 
 def _sigmas(params, paths) -> dict[str, Array]:

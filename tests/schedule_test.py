@@ -90,6 +90,8 @@ def _bits(x):
     (1 / 3, 33),
     (0.999, 100),
     (99, 99),
+    (np.int64(30), 30),
+    (np.float32(1 / 3), 33),
   ],
 )
 def test_delay_is_a_step_or_a_share_of_the_run(delay, expected):
@@ -663,7 +665,14 @@ def test_cutoff_max_drop_and_floor_decide_the_rank(options, expected):
 
 @pytest.mark.parametrize(
   ('rank', 'expected'),
-  [(3, (3, 2)), (0.5, (2, 1)), (4, (4, 2)), (100, (4, 2))],
+  [
+    (3, (3, 2)),
+    (0.5, (2, 1)),
+    (4, (4, 2)),
+    (100, (4, 2)),
+    (np.int64(5), (4, 2)),
+    (np.float32(0.5), (2, 1)),
+  ],
 )
 def test_a_fixed_rank_fits_every_layer(rank, expected):
   layers = (LAYERS[0], oialr.Layer('small', (5, 2), (0,), (1,), order=1))
