@@ -266,17 +266,21 @@ class _Transport:
 
   def _moments(self, moments: PyTree, means: PyTree, kind: str, name: str):
     leaves, treedef = jax.tree.flatten(moments, is_leaf=_is_masked)
+    unlike = (
+      f'{name}: does not have the structure of the parameters that transport '
+      'was given: '
+    )
     try:
       means = treedef.flatten_up_to(means)
       changes = treedef.flatten_up_to(self._changes)
-      for x, change in zip(leaves, changes):
-        if not (_is_masked(x) or isinstance(change, _Change)):
-          raise ValueError(f'an array of shape {jnp.shape(x)} for a branch.')
-    except ValueError as e:
-      raise ValueError(
-        f'{name}: does not have the structure of the parameters that '
-        f'transport was given: {e}'
-      ) from e
+    except ValueError:
+      # JAX's own message shows the arrays of both.
+      raise ValueError(unlike + _apart(moments, self._changes)) from None
+    for x, change in zip(leaves, changes):
+      if not (_is_masked(x) or isinstance(change, _Change)):
+        raise ValueError(
+          f'{unlike}an array of shape {jnp.shape(x)} for a branch.'
+        )
     moved = [
       x if _is_masked(x) else self._moment(x, mean, kind, change, name)
       for x, mean, change in zip(leaves, means, changes, strict=True)
@@ -330,6 +334,22 @@ class _Transport:
         f'oialr.register_rule({type(x).__name__}, field=...), each field one '
         f'of {", ".join(KINDS)}.'
       )
+
+
+def _apart(moments: PyTree, params: PyTree) -> str:
+  """What tells the structure of moments from that of the parameters."""
+  nodes = jax.tree.leaves(moments, is_leaf=lowrank.is_low_rank)
+  if any(map(lowrank.is_low_rank, nodes)):
+    return (
+      'it has moments of U and V, which do not train. What keeps a state goes '
+      'inside of train_sigma, such as optax.MultiSteps: oialr.train_sigma('
+      'optax.MultiSteps(tx, k).gradient_transformation()).'
+    )
+  ours, theirs = tree.paths(moments, _is_masked), tree.paths(params)
+  for path in (*ours, *theirs):
+    if (path in ours) != (path in theirs):
+      return f'{path!r} is in one of the two alone.'
+  return 'their containers are of other types.'
 
 
 def _is_masked(x: Any) -> bool:

@@ -907,6 +907,35 @@ def test_moments_of_other_parameters_are_refused():
     oialr.transport(optax.TraceState(jnp.zeros(36)), dense, low)
 
 
+def test_what_is_wrong_with_a_structure_is_said_without_arrays():
+  dense, low, pruned, *_ = _stages()
+  multi_steps = lambda tx: optax.MultiSteps(tx, 2).gradient_transformation()
+  outside = multi_steps(oialr.train_sigma(optax.adam(0.1)))
+  adam = oialr.train_sigma(optax.adam(0.1))
+  others = dense | {'more': jnp.zeros(9)}
+  listed = dense | {'layer': [*dense['layer'].values()]}
+  for state, message in (
+    (outside.init(low), r'moments of U and V, .*train_sigma\(optax.MultiSteps'),
+    (adam.init(others), "'more' is in one of the two alone"),
+    (adam.init(listed), "'layer/0' is in one of the two alone"),
+    (adam.init([*low.values()]), "'0/bias' is in one of the two alone"),
+  ):
+    with pytest.raises(ValueError, match=message) as e:
+      oialr.transport(state, low, pruned)
+    assert 'structure of the parameters that transport was given' in str(
+      e.value
+    )
+    assert len(str(e.value)) < 400 and e.value.__cause__ is None
+    assert e.value.__suppress_context__
+  containers = [low], [pruned]
+  with pytest.raises(ValueError, match='their containers are of other types'):
+    oialr.transport(adam.init((low,)), *containers)
+  inside = oialr.train_sigma(multi_steps(optax.adam(0.1)))
+  _assert_like(
+    oialr.transport(inside.init(low), low, pruned), inside.init(pruned)
+  )
+
+
 DENSE = {'kernel': jnp.zeros((6, 4))}
 
 BAD_CALLS = {
