@@ -4,7 +4,8 @@
 with the factors in the place of the kernels. A product with one becomes two or
 three smaller products, in the cheapest order (`cost`); casts, transposes and
 reshapes act on the factors' axes; whatever else meets a kernel gets it
-multiplied out, which is always right.
+multiplied out, which is always right. What several products with one kernel
+would each do to its factors is done once.
 
 U and V are constants of differentiation, so that of a layer's input only
 x U [tokens, r] is kept for the backward pass, and dW is never formed.
@@ -24,6 +25,7 @@ from jax.extend import core as jex
 
 from oialr_jax import cost
 from oialr_jax import jaxprs
+from oialr_jax import layers as layers_lib
 from oialr_jax import lowrank
 from oialr_jax import products
 from oialr_jax import tree
@@ -119,8 +121,65 @@ def _by_path(ways: dict[re.Pattern[str], str], paths: list[str]) -> list[str]:
 
 
 def _run(jaxpr: jex.ClosedJaxpr, operands: list) -> list[Array]:
+  operands = _contracted_once(jaxpr, operands)
   out = jaxprs.run(jaxpr.jaxpr, jaxpr.consts, operands, _rule)
   return [products.leave(x) for x in out]
+
+
+def _contracted_once(jaxpr: jex.ClosedJaxpr, operands: list) -> list:
+  """Does once what several products with a kernel would each do by themselves.
+
+  Else a step of a recurrent network, of a few tokens, would build W anew, or
+  not at all, where that pays for all its steps. Each program looks at what it
+  is given, so that a kernel that scans run over is contracted inside of them.
+  """
+  waiting = [
+    isinstance(x, products.Kernel)
+    and lowrank.is_low_rank(x.node)
+    and x.way != cost.FACTORS
+    for x in operands
+  ]
+  if not any(waiting):
+    return operands
+  uses = layers_lib.uses(
+    jaxpr,
+    [(i, x.view) if waiting[i] else None for i, x in enumerate(operands)],
+  )
+  return [
+    _contracted(x, uses.get(i, [])) if waiting[i] else x
+    for i, x in enumerate(operands)
+  ]
+
+
+def _contracted(
+  kernel: products.Kernel, uses: list[layers_lib.Use]
+) -> products.Kernel | Array:
+  """The kernel as all products want it; as it is if they do not agree."""
+  uses = [use for use in uses if not use.why_not]
+  one_by_one = sum(use.products for use in uses) < 2
+  if one_by_one or any(use.peeled for use in uses):
+    return kernel
+  ways = {(_forward(kernel, use), use.precision) for use in uses}
+  if len(ways) > 1:
+    return kernel
+  ((forward, precision),) = ways
+  way = cost.MATERIALISE
+  if forward is not None and not any(use.within for use in uses):
+    way = kernel.way_of(forward, sum(use.tokens for use in uses))
+  if way == cost.MATERIALISE:
+    return kernel.dense(precision)
+  if way == cost.PRECONTRACT:
+    return kernel.precontracted(forward, precision)
+  return dataclasses.replace(kernel, way=way)
+
+
+def _forward(kernel: products.Kernel, use: layers_lib.Use) -> bool | None:
+  """Whether the use is x W; no if it is x W^T, None if it is neither."""
+  atoms = [a for a in kernel.view.atoms() if a.size > 1]
+  roles = lambda role: {
+    kernel.role(a) for a in atoms if use.roles[a.axis] == role
+  }
+  return kernel.forward(*map(roles, ('row', 'col', 'batch')))
 
 
 def _rule(eqn: jex.JaxprEqn, operands: list) -> list:

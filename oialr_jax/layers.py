@@ -6,7 +6,7 @@ the rows of its matrix, the free ones the columns. Names, modules and libraries
 play no part, so that any JAX function will do.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 import dataclasses
 import math
 import numbers
@@ -326,17 +326,26 @@ class _Kernel:
   `through` names the equation that it has come out of multiplied out.
   """
 
-  path: str
+  path: Hashable
   view: views.View
   through: str = ''
 
 
 @dataclasses.dataclass(frozen=True)
-class _Use:
-  """What one equation does with a kernel: `why_not` when it cannot be one.
+class Use:
+  """What one equation does with a kernel.
 
-  `within` names what keeps `factored` from a chain: an equation around it
-  whose derivative is its own, or a parameter of its own.
+  Attributes:
+    kind: 'dot' or 'conv'.
+    roles: of the kernel's axes: 'row', 'col' or 'batch'.
+    tokens: of all the products that the equation makes.
+    why_not: it is no product, or not one of a matrix.
+    blocks: groups of a convolution.
+    within: what keeps `factored` from a chain: an equation around it whose
+      derivative is its own, or a parameter of its own.
+    products: with each matrix, more than one in a scan.
+    peeled: by scans over the kernel.
+    precision: of the product.
   """
 
   kind: str
@@ -345,6 +354,9 @@ class _Use:
   why_not: str = ''
   blocks: int = 1
   within: str = ''
+  products: int = 1
+  peeled: bool = False
+  precision: Any = None
 
 
 def read(
@@ -360,18 +372,18 @@ def read(
     fn, (params, *args), kwargs, lowrank.is_factored
   )
   kernels = dict(enumerate(shapes))  # the leaves of params come first
-  operands = [
-    _Kernel(kernels[i], views.View.of(x.shape)) if i in kernels else None
-    for i, x in dynamic.items()
-  ]
-  reader = _Reader()
-  for out in reader.read(jaxpr, operands):
-    reader.other(out, 'it is returned as it is')
+  found = uses(
+    jaxpr,
+    [
+      (kernels[i], views.View.of(x.shape)) if i in kernels else None
+      for i, x in dynamic.items()
+    ],
+  )
   matrices, reasons = {}, {}
   for path, leaf in shapes.items():
     if getattr(leaf, 'ndim', 0) < 2:
       continue
-    layer = _judge(path, leaf, reader.uses.get(path, []))
+    layer = _judge(path, leaf, found.get(path, []))
     if isinstance(layer, str):
       reasons[path] = layer
       continue
@@ -379,7 +391,7 @@ def read(
       reasons[path] = _without_rank(layer)
     if layer.max_rank > 1 or layer.blocks == 1:
       matrices[path] = layer
-  used = [matrices[path] for path in reader.uses if path in matrices]
+  used = [matrices[path] for path in found if path in matrices]
   ordered = [x for x in used if x.max_rank > 1]
   layers = [dataclasses.replace(x, order=i) for i, x in enumerate(ordered)]
   if ordered and used[-1] is not ordered[-1]:
@@ -387,7 +399,20 @@ def read(
   return tuple(layers), reasons
 
 
-def _judge(path: str, leaf: Any, uses: list[_Use]) -> Layer | str:
+def uses(
+  jaxpr: jex.ClosedJaxpr, operands: Sequence[tuple[Hashable, views.View] | None]
+) -> dict[Hashable, list[Use]]:
+  """What a program does with its operands, by their names, in order of use.
+
+  Operands without a name are no kernels.
+  """
+  reader = _Reader()
+  for out in reader.read(jaxpr, [x and _Kernel(*x) for x in operands]):
+    reader.other(out, 'it is returned as it is')
+  return reader.uses
+
+
+def _judge(path: str, leaf: Any, uses: list[Use]) -> Layer | str:
   """The layer that these uses make of a kernel, or why there is none."""
   if not uses:
     return 'not used by the function'
@@ -428,7 +453,7 @@ class _Reader:
   """Records what the equations do with the kernels."""
 
   def __init__(self):
-    self.uses: dict[str, list[_Use]] = {}
+    self.uses: dict[Hashable, list[Use]] = {}
     self._repeats = 1
     self._within = ''
 
@@ -438,9 +463,9 @@ class _Reader:
 
   def other(self, kernel: _Kernel | None, why_not: str):
     if isinstance(kernel, _Kernel):
-      self._record(kernel, _Use('', None, 0, why_not))
+      self._record(kernel, Use('', None, 0, why_not))
 
-  def _record(self, kernel: _Kernel, use: _Use):
+  def _record(self, kernel: _Kernel, use: Use):
     self.uses.setdefault(kernel.path, []).append(use)
 
   def _rule(self, eqn: jex.JaxprEqn, operands: list) -> list:
@@ -521,7 +546,7 @@ class _Reader:
     tokens = math.prod(n for i, n in enumerate(x) if i not in used)
     if eqn.params.get('out_sharding') is not None:
       kernel = dataclasses.replace(kernel, through='out_sharding')
-    self._matrix('dot', kernel, contract[side], batch[side], tokens)
+    self._matrix('dot', kernel, eqn, contract[side], batch[side], tokens)
 
   def _conv(self, eqn, operands):
     kernel = operands[1]
@@ -548,10 +573,10 @@ class _Reader:
       self.other(kernel, f'{groups} groups of channels made of several axes')
       return
     inputs = numbers.rhs_spec[1:]
-    self._matrix('conv', kernel, inputs, (), tokens, blocks, stacked)
+    self._matrix('conv', kernel, eqn, inputs, (), tokens, blocks, stacked)
 
   def _matrix(
-    self, kind, kernel, contracted, batch, tokens, blocks=1, stacked=None
+    self, kind, kernel, eqn, contracted, batch, tokens, blocks=1, stacked=None
   ):
     """Records a product, if it takes every axis of the kernel as a whole."""
     view = kernel.view
@@ -569,12 +594,15 @@ class _Reader:
     stack = math.prod(a.size for a in view.stacked)
     repeats = self._repeats // max(1, stack)
     roles = {a: r.pop() for a, r in roles.items()}
-    use = _Use(
+    use = Use(
       kind,
       roles,
       tokens * repeats,
       blocks=blocks,
       within=self._within or kernel.through,
+      products=repeats,
+      peeled=bool(view.stacked),
+      precision=eqn.params['precision'],
     )
     self._record(kernel, use)
 

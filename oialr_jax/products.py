@@ -72,6 +72,33 @@ class Kernel:
   def roles(self, axes) -> set[str]:
     return {self.role(a) for a in self.view.atoms(axes) if a.size > 1}
 
+  def forward(
+    self, contracted: set[str], free: set[str], batch: set[str]
+  ) -> bool | None:
+    """Whether a product along these roles is x W; no if x W^T, or None."""
+    if batch - {'batch'}:
+      return None
+    if contracted <= _ROWS and free <= _COLS:
+      return True
+    return False if contracted <= _COLS and free <= _ROWS else None
+
+  def way_of(self, forward: bool, tokens: int) -> str:
+    """To multiply so many rows of activations by it."""
+    if self.way != AUTO:
+      return self.way
+    _, m, n = lowrank.matrix_shape(self.node)
+    m, n = (m, n) if forward else (n, m)
+    return cost.cheapest(tokens // self.shards, m, n, self.node.rank)
+
+  def precontracted(
+    self, forward: bool, precision: lax.PrecisionLike
+  ) -> 'Kernel':
+    """With Sigma multiplied into the factor that x meets last."""
+    _, factors = zip(*self.chain())
+    pair = _precontract(*factors, forward, precision)
+    node = lowrank.Factors(*pair, self.node.view)
+    return dataclasses.replace(self, node=node)
+
   def parts(self, role: str) -> list[views.Atom]:
     """The atoms of this role, as they lie in the factors."""
     return sorted(
@@ -219,32 +246,16 @@ def _chain(kernel, contracted, batch, free, tokens, params):
   None when the contraction is not along the kernel's rows (x W) or its
   columns (x W^T), or when multiplying the kernel out is cheaper.
   """
-  roles = kernel.roles
-  if roles(batch) - {'batch'}:
+  forward = kernel.forward(*map(kernel.roles, (contracted, free, batch)))
+  if forward is None:
     return None
-  if roles(contracted) <= _ROWS and roles(free) <= _COLS:
-    forward = True
-  elif roles(contracted) <= _COLS and roles(free) <= _ROWS:
-    forward = False
-  else:
-    return None
-  places, chain = zip(*kernel.chain())
-  if len(chain) == 3:
-    way = _way(kernel, forward, tokens)
+  if lowrank.is_low_rank(kernel.node):
+    way = kernel.way_of(forward, tokens)
     if way == cost.MATERIALISE:
       return None
     if way == cost.PRECONTRACT:
-      places = ('row', 'col')
-      chain = _precontract(*chain, forward, params['precision'])
-  return list(zip(places, chain))[:: 1 if forward else -1]
-
-
-def _way(kernel: Kernel, forward: bool, tokens: int) -> str:
-  if kernel.way != AUTO:
-    return kernel.way
-  _, m, n = lowrank.matrix_shape(kernel.node)
-  m, n = (m, n) if forward else (n, m)
-  return cost.cheapest(tokens // kernel.shards, m, n, kernel.node.rank)
+      kernel = kernel.precontracted(forward, params['precision'])
+  return kernel.chain()[:: 1 if forward else -1]
 
 
 def _place(atom: views.Atom) -> tuple[int, int]:

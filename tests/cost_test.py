@@ -165,6 +165,95 @@ def test_factored_goes_the_way_that_a_layer_says(kind):
     assert program('auto', node) == ways[layer.way(r)]
 
 
+def _recurrent(w, xs):
+  def step(h, x):
+    h = jnp.tanh(h @ w + x)
+    return h, h
+
+  return lax.scan(step, jnp.zeros_like(xs[0]), xs)[1]
+
+
+def _recurrent_stack(w, xs):
+  return lax.scan(lambda xs, w: (_recurrent(w, xs), None), xs, w)[0]
+
+
+def _siamese(w, xs):
+  return jnp.tanh(xs[0] @ w), jnp.tanh(xs[1:] @ w)
+
+
+def _transposed(w, xs):
+  return lax.scan(lambda x, _: (jnp.tanh(x @ w.T), None), xs, length=3)[0]
+
+
+def _shared_in_blocks(w, x):
+  """Each of the layers of a scan uses its kernel twice."""
+  return lax.scan(lambda x, w: (jnp.tanh(jnp.tanh(x @ w) @ w), None), x, w)[0]
+
+
+@jax.custom_vjp
+def _clipped(x, w):
+  return x @ w
+
+
+_clipped.defvjp(
+  lambda x, w: (x @ w, (x, w)),
+  lambda saved, dy: (0.5 * (dy @ saved[1].T), saved[0].T @ dy),
+)
+
+
+def _partly_custom(w, xs):
+  """One of the two products wants the kernel as it is."""
+  return _clipped(xs[0], w), xs[1:] @ w
+
+
+# Kernels that several products use: the program, the kernel, x, and all tokens.
+_SHARED = {
+  'recurrent': (_recurrent, (32, 32), (50, 2, 32), 100),
+  'recurrent_stack': (_recurrent_stack, (3, 32, 32), (50, 2, 32), 100),
+  'siamese': (_siamese, (32, 24), (5, 20, 32), 100),
+  'transposed': (_transposed, (32, 32), (40, 32), 120),
+  'shared_in_blocks': (_shared_in_blocks, (3, 32, 32), (50, 32), 100),
+  'partly_custom': (_partly_custom, (32, 24), (5, 20, 32), 100),
+}
+
+
+def _multiply_adds(jaxpr) -> int:
+  """In the products of a program, as often as scans make them."""
+  total = 0
+  for eqn in getattr(jaxpr, 'jaxpr', jaxpr).eqns:
+    if eqn.primitive.name == 'dot_general':
+      contracted, _ = eqn.params['dimension_numbers'][0]
+      shape = eqn.invars[0].aval.shape
+      total += eqn.outvars[0].aval.size * math.prod(
+        shape[i] for i in contracted
+      )
+    for inner in jax.tree.leaves(list(eqn.params.values())):
+      if hasattr(getattr(inner, 'jaxpr', inner), 'eqns'):
+        total += eqn.params.get('length', 1) * _multiply_adds(inner)
+  return total
+
+
+@pytest.mark.parametrize('rank', [4, 20, 24, 30, 32])
+@pytest.mark.parametrize('kind', _SHARED)
+def test_products_that_share_a_kernel_cost_what_its_layer_says(kind, rank):
+  fn, shape, x, tokens = _SHARED[kind]
+  w, x = (programs.Shape(s, jnp.float32) for s in (shape, x))
+  read = lambda p, x: fn(p['w'], x)
+  (layer,) = oialr.find_layers(read, {'w': w}, x)
+  assert layer.tokens == tokens
+  rank = min(rank, layer.max_rank)
+  node, dy = _node(layer, rank), jax.eval_shape(fn, w, x)
+  count = lambda step, *args: _multiply_adds(jax.make_jaxpr(step)(*args, x, dy))
+  found = oialr.explain([layer], ranks=rank).totals
+  assert count(_step(fn), w) == found['multiply_adds']
+  auto = _low_rank_step(fn, node, 'auto')
+  assert count(auto, node.s) == found['multiply_adds_low_rank']
+  # Whatever is asked for is done once, where it can be done.
+  for way in [cost.MATERIALISE] if layer.multiplied_out else cost.WAYS:
+    expected = layer.stack * cost.low_rank(way, tokens, *layer.matrix, rank)
+    assert count(_low_rank_step(fn, node, way), node.s) == expected
+
+
 @pytest.mark.parametrize('kind', _IN_BLOCKS)
 def test_flops_of_a_dense_kernel_in_blocks(kind):
   fn, x, layer = _IN_BLOCKS[kind]
