@@ -6,8 +6,8 @@ first, batch 32, early stopping with patience 3 of at most 10 epochs.
 Command: python -m experiments.ett_autoformer --data_dir=FOLDER
   --config=experiments/configs/ett_autoformer.py:cpu   (horizon 192, one seed)
 Hardware and minutes: on 2 CPU cores 40 to 60 minutes an epoch of dense training
-at horizon 192 (1,071 steps), 30 of OIALR's, and 2 to 10 for an evaluation; on a
-GPU not measured.
+at horizon 192 (1,071 steps), 25 to 35 of OIALR's, and 2 to 10 for an
+evaluation; on a GPU not measured.
 Expected: dense test MSE 0.274 at horizon 192 and 0.420 at 720, OIALR 0.268 and
 0.420, as published. See BUILD_NOTES.md for what was measured.
 
