@@ -110,7 +110,8 @@ def test_a_resumed_run_is_the_same_run(whole, tmp_path, stop):
 
 def moved(old, new, layers):
   """By what is to be measured besides."""
-  old, new = (oialr.tree.flatten(oialr.to_dense(p)) for p in (old, new))
+  dense = lambda p: oialr.tree.flatten(jax.device_get(oialr.to_dense(p)))
+  old, new = dense(old), dense(new)
   distance = lambda path: np.linalg.norm(old[path] - new[path])
   return {'moved': {x.path: distance(x.path) for x in layers}}
 

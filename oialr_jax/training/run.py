@@ -663,7 +663,8 @@ class Run:
       'ranks': _buffer_ranks(params),
       'converted': self._converted,
     }
-    return _Tracked(about, arrays)
+    # The seconds are tracking's, and no collective of the next step meets them.
+    return _Tracked(about, jax.block_until_ready(arrays))
 
   def _compare(
     self, old: dict[str, PyTree], new: dict[str, PyTree]
@@ -673,14 +674,16 @@ class Run:
     by_path = lambda name: [
       dict(zip(paths, x[name], strict=True)) for x in (old, new)
     ]
+    numbers = lambda values: {k: float(v) for k, v in values.items()}
+    # One after the other: collectives of programs at once may deadlock on CPUs.
     found = {
-      'stability': metrics_lib.stability(*by_path('bases')),
-      'r_distance': metrics_lib.r_distance(*by_path('mixing')),
+      'stability': numbers(metrics_lib.stability(*by_path('bases'))),
+      'r_distance': numbers(metrics_lib.r_distance(*by_path('mixing'))),
     }
     if 'params' in old and 'params' in new:
-      found |= self._track_more(old['params'], new['params'], self._layers)
-    numbers = lambda values: {k: float(v) for k, v in values.items()}
-    return {name: numbers(values) for name, values in found.items()}
+      more = self._track_more(old['params'], new['params'], self._layers)
+      found |= {name: numbers(values) for name, values in more.items()}
+    return found
 
   def evaluate(self, step: int):
     if self._eval is None:
