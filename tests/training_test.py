@@ -446,6 +446,16 @@ def test_wrong_compactions():
     training.Compaction(multiple_of=0)
 
 
+def one_step(loss_fn):
+  return training.fit(
+    loss_fn,
+    {'w': jnp.ones((3, 2))},
+    [{'x': jnp.ones((8, 3))}],
+    optimizer=optax.sgd(1.0),
+    steps=1,
+  )
+
+
 @pytest.mark.parametrize(
   'loss_fn',
   [
@@ -459,13 +469,7 @@ def test_what_a_loss_has_to_return_is_said(loss_fn):
   with pytest.raises(
     ValueError, match=r'must return `loss, \(model_state, met'
   ):
-    training.fit(
-      loss_fn,
-      {'w': jnp.ones((3, 2))},
-      [{'x': jnp.ones((8, 3))}],
-      optimizer=optax.sgd(1.0),
-      steps=1,
-    )
+    one_step(loss_fn)
 
 
 @pytest.mark.parametrize('name', ['loss', 'seconds'])
@@ -476,13 +480,7 @@ def test_no_metric_of_a_loss_takes_its_place(name):
     return found * jnp.nan, (model_state, {name: found})
 
   with pytest.raises(ValueError, match=f'the metric {name!r} of loss_fn has'):
-    training.fit(
-      loss,
-      {'w': jnp.ones((3, 2))},
-      [{'x': jnp.ones((8, 3))}],
-      optimizer=optax.sgd(1.0),
-      steps=1,
-    )
+    one_step(loss)
 
 
 def test_metrics_are_one_number_an_example():
