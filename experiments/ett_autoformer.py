@@ -3,11 +3,12 @@
   python -m experiments.ett_autoformer --data_dir=FOLDER --config.horizons=96,192
 
 Trains a run for every set, horizon, seed and method, evaluating on validation
-and test data after every epoch, and prints the test errors of the epoch that
-was best on validation data, next to the published ones. result.json has a row a
-run, with all its epochs, and is written after every run. With --resume, runs
-that are in it are left out and the others go on, and so do those that are to
-go further than they did. See experiments/configs/ett_autoformer.py.
+and test data after every epoch, or every eval_epochs of one, and prints the
+test errors of the evaluation that was best on validation data, next to the
+published ones. result.json has a row a run, with all its evaluations, and is
+written after every run. With --resume, runs that are in it are left out and
+the others go on, and so do those that are to go further than they did. See
+experiments/configs/ett_autoformer.py.
 """
 
 from collections.abc import Iterable, Sequence
@@ -138,7 +139,7 @@ def _run(
     stop_at=stop,
     eval_fn=task.evaluate,
     eval_data=task.evaluation,
-    eval_every=epoch,
+    eval_every=max(1, round(config.eval_epochs * epoch)),
     track_every=config.track_every,
     seed=seed,
   )
@@ -193,7 +194,7 @@ def _epochs(result: training.Result, epoch: int) -> list[Row]:
 _COLUMNS = {
   'MSE': ('mse', 4),
   'MAE': ('mae', 4),
-  'epoch': ('epoch', 1),
+  'epoch': ('epoch', 2),
   'trainable % then': ('trainable % then', 1),
   'at the end': ('trainable %', 1),
   'total s': ('total s (no tracking)', 0),

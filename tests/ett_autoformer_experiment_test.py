@@ -202,6 +202,19 @@ def test_stop_epochs_stops_and_a_longer_run_goes_on(folder, whole, tmp_path):
   assert row['epochs'] == rows[0]['epochs']
 
 
+def test_evaluations_within_an_epoch_change_no_other(folder, whole, tmp_path):
+  (row,) = run(
+    folder,
+    tmp_path,
+    '--config.methods=dense',
+    '--config.stop_epochs=1',
+    '--config.eval_epochs=0.34',
+  )
+  *within, last = row['epochs']
+  assert [x['epoch'] for x in within] == [0.3333, 0.6667]
+  assert last == whole[0][0]['epochs'][0]
+
+
 def test_without_resume_everything_is_begun_anew(folder, whole, tmp_path):
   (tmp_path / 'result.json').write_text('{"rows": [{}]}')
   (tmp_path / 'config.json').write_text('{}')
