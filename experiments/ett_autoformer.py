@@ -166,13 +166,14 @@ def _length(config: Config, windows: int) -> tuple[int, int]:
 
 
 def _halving(config: Config, epoch: int) -> optax.Schedule:
-  """The rate is constant for some epochs, then halved at every epoch's start."""
-  return optax.exponential_decay(
-    config.learning_rate,
-    transition_steps=epoch,
-    decay_rate=0.5,
-    transition_begin=(config.constant_epochs - 1) * epoch,
-    staircase=True,
+  """The rate is constant for some epochs, then halved, and so on."""
+  constant = round(config.constant_epochs * epoch)
+  interval = max(1, round(config.halving_epochs * epoch))
+  halved = optax.exponential_decay(
+    config.learning_rate / 2, interval, decay_rate=0.5, staircase=True
+  )
+  return optax.join_schedules(
+    [optax.constant_schedule(config.learning_rate), halved], [constant]
   )
 
 

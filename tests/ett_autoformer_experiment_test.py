@@ -323,5 +323,10 @@ def test_the_rate_is_halved_at_the_end_of_every_epoch_but_the_first():
   rates = [float(rate(step)) for step in (0, 9, 10, 19, 20, 29, 30, 49)]
   expected = 1e-4 * np.array([1, 1, 1, 1, 0.5, 0.5, 0.25, 0.125])
   np.testing.assert_allclose(rates, expected, rtol=1e-6)
-  config.constant_epochs = 1
+  config.constant_epochs = 1.0
   assert ett_autoformer._halving(config, 10)(10) == pytest.approx(5e-5)
+  config.constant_epochs, config.halving_epochs = 0.5, 0.3
+  rate = ett_autoformer._halving(config, 10)
+  rates = [float(rate(step)) for step in (0, 4, 5, 7, 8, 11)]
+  expected = 1e-4 * np.array([1, 1, 0.5, 0.5, 0.25, 0.125])
+  np.testing.assert_allclose(rates, expected, rtol=1e-6)
