@@ -181,10 +181,8 @@ def _epochs(result: training.Result, epoch: int) -> list[Row]:
   """What every evaluation found, and the share that was trainable then."""
   found, share = {}, 100.0
   for record in result.records:
-    if record['kind'] == 'event':
-      share = runs.trainable_percent(record, result.layers)
-    if record['kind'] == 'conversion':
-      share = 100 * record['trainable'] / record['dense']
+    if 'trainable' in record:
+      share = runs.trainable_percent(record)
     if record['kind'] == 'eval':
       errors = {k: v for k, v in record.items() if k.endswith(('mse', 'mae'))}
       at = round(record['step'] / epoch, 4)

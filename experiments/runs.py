@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
-import math
 import os
 from typing import Any
 
@@ -208,7 +207,7 @@ def summary(result: training.Result) -> dict[str, Any]:
   end = result.select('end')[-1]
   seconds = end['seconds']
   return {
-    'trainable %': 100 * end['trainable'] / end['dense'],
+    'trainable %': trainable_percent(end),
     'stored %': 100 * end['stored'] / end['dense'],
     'optimiser state kB': end['optimizer_bytes'] / 1000,
     f'peak memory of the {end["peak_of"]} MB': end['peak_bytes'] / 1e6,
@@ -220,21 +219,9 @@ def summary(result: training.Result) -> dict[str, Any]:
   }
 
 
-def trainable_percent(
-  event: Mapping[str, Any], layers: Iterable[oialr.Layer]
-) -> float:
-  """What trains after an event, by its ranks: sliced or not.
-
-  Args:
-    event: a record of that kind.
-    layers: of the run.
-  """
-  frozen = 0
-  for layer in layers:
-    if layer.path in event['ranks']:
-      sigma = layer.stack * event['ranks'][layer.path] ** 2
-      frozen += math.prod(layer.shape) - sigma
-  return 100 * (1 - frozen / event['dense'])
+def trainable_percent(record: Mapping[str, Any]) -> float:
+  """Of an event, a conversion, a compaction or the end."""
+  return 100 * record['trainable'] / record['dense']
 
 
 def machine() -> dict[str, Any]:

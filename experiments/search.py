@@ -54,7 +54,6 @@ from experiments import settings
 from experiments import tables
 from experiments import trials as trials_lib
 from experiments.configs import search as configs
-import oialr_jax as oialr
 from oialr_jax import data
 from oialr_jax import training
 
@@ -155,16 +154,7 @@ class Problem:
       raise optuna.TrialPruned(str(e)) from e
     end = result.select('end')[-1]
     accuracy = result.select('eval')[-1]['accuracy']
-    return accuracy, 100 * end['trainable'] / end['dense']
-
-  def layers(self, config: Config) -> Sequence[oialr.Layer]:
-    """That can be low-rank."""
-    task = self.binary.task(config, self.train, self.test)
-    params, state = task.init(0)
-    forward = lambda params, image: task.forward(
-      {'params': params, **state}, image
-    )
-    return oialr.find_layers(forward, params, *task.probe())
+    return accuracy, runs.trainable_percent(end)
 
 
 def main(config: Config, options: cli.Options):
@@ -226,7 +216,6 @@ def work(config: Config, options: cli.Options):
   )
   study, storage = _opened(config, options)
   problem = _problem(config, options).held_out(config.val_share, config.seed)
-  layers = problem.layers(config.base)
 
   def objective(trial: optuna.Trial) -> Sequence[float]:
     folder = options.workdir / 'trials' / f'{trial.number:04}'
@@ -234,7 +223,7 @@ def work(config: Config, options: cli.Options):
     found = []
     with _shedding(folder):
       for seed in config.seeds:
-        rungs = None if found else Rungs(trial, layers, config.prune)
+        rungs = None if found else Rungs(trial, config.prune)
         found.append(
           problem.values(
             changed,
@@ -258,11 +247,9 @@ def work(config: Config, options: cli.Options):
 class Rungs(training.Callback):
   """Stops a trial at an evaluation, if it is behind too many others."""
 
-  def __init__(
-    self, trial: optuna.Trial, layers: Sequence[oialr.Layer], share: float
-  ):
+  def __init__(self, trial: optuna.Trial, share: float):
     """Of a trial; for `share`, see `trials.is_hopeless`."""
-    self._trial, self._layers, self._share = trial, layers, share
+    self._trial, self._share = trial, share
 
   def on_start(self, start: training.Start):
     self._steps, self._trainable = start.steps, 100.0
@@ -271,7 +258,7 @@ class Rungs(training.Callback):
         self.on_event(record)
 
   def on_event(self, record: training.Record):
-    self._trainable = runs.trainable_percent(record, self._layers)
+    self._trainable = runs.trainable_percent(record)
 
   def on_evaluation(self, record: training.Record):
     if record['step'] == self._steps:

@@ -4,6 +4,7 @@ Bases are matrices `[b, m, n]` (b = 1 unless kernels are stacked), in float32.
 """
 
 from collections.abc import Mapping, Sequence
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +25,7 @@ class Counts(NamedTuple):
   """Numbers of parameters.
 
   Attributes:
-    trainable: in `trainable(params)`: Sigma, biases, norms, dense kernels.
+    trainable: Sigma, biases, norms, dense kernels.
     stored: in all arrays as they are, bases and zeroed directions included.
     dense: of the dense model.
   """
@@ -39,12 +40,25 @@ def ranks(params: PyTree) -> dict[str, int]:
   return transforms.compact_ranks(params)
 
 
-def count(params: PyTree) -> Counts:
-  """Counts parameters as they are stored; shapes (without values) will do."""
+def count(params: PyTree, ranks: Mapping[str, int] | None = None) -> Counts:
+  """Counts parameters; shapes (without values) will do.
+
+  Args:
+    params: pytree of parameters.
+    ranks: of low-rank leaves by path, where directions are zeroed that are not
+      sliced away yet: then r x r of a Sigma are trainable, whatever its size.
+
+  Raises:
+    KeyError: a path is not that of a low-rank leaf.
+  """
   size = lambda t: sum(x.size for x in jax.tree.leaves(t) if hasattr(x, 'size'))
   leaves = jax.tree.leaves(params, is_leaf=lowrank.is_factored)
+  nodes, idle = transforms.low_rank_leaves(params), 0
+  for path, rank in (ranks or {}).items():
+    sigma = nodes[path].s
+    idle += sigma.size - math.prod(sigma.shape[:-2]) * rank**2
   return Counts(
-    trainable=size(transforms.trainable(params)),
+    trainable=size(transforms.trainable(params)) - idle,
     stored=size(params),
     dense=sum(x.size for x in leaves if hasattr(x, 'size')),
   )

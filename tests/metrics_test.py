@@ -87,8 +87,21 @@ def test_count_in_every_form():
   )
   pruned = low | {'kernel': _pruned(low['kernel'], 1)}
   assert oialr.count(pruned) == oialr.count(low)  # as they are stored
+  by_ranks = oialr.count(pruned, oialr.ranks(pruned))
+  assert by_ranks == oialr.count(low)._replace(trainable=1 + 5)
   factors = oialr.to_factors(low)
   assert oialr.count(factors) == (12 * 2 + 2 * 5 + 5, 12 * 2 + 2 * 5 + 5, 65)
+
+
+def test_count_by_ranks_of_a_stack():
+  layer = kernels.BY_PATH['stack']
+  dense = kernels.random_params([layer])
+  low = oialr.to_lowrank(dense, [layer])
+  assert layer.stack > 1 and low['stack'].rank > 2
+  found = oialr.count(low, {'stack': 2})
+  assert found.trainable == oialr.count(dense).dense - (
+    math.prod(layer.shape) - layer.stack * 2**2
+  )
 
 
 def test_count_needs_no_values_and_counts_only_arrays(states):

@@ -143,6 +143,17 @@ def test_the_step_is_compiled_only_when_shapes_change():
   assert end['optimizer_bytes'] > 8 * end['trainable'] + 8
 
 
+def test_records_count_what_trains_sliced_or_not():
+  never = fit(compaction=training.Compaction(min_saving=1))
+  often = fit()
+  assert _compactions(often) and not _compactions(never)
+  at_end = oialr.count(never.params).trainable
+  for result in never, often:
+    counts = [r['trainable'] for r in result.records if 'trainable' in r]
+    assert counts[0] > counts[-1] == at_end
+    assert result.select('event')[-1]['trainable'] == at_end
+
+
 def test_compaction_changes_nothing_but_shapes():
   never = fit(compaction=training.Compaction(min_saving=1))
   np.testing.assert_allclose(losses(never), losses(fit()), rtol=2e-4)

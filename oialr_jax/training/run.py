@@ -518,8 +518,9 @@ class Run:
     )
 
   def _counts(self) -> dict[str, int]:
-    count = self._conversion.count if self._converted else metrics_lib.count
-    return count(self.state.params)._asdict()
+    if self._converted:
+      return self._conversion.count(self.state.params)._asdict()
+    return metrics_lib.count(self.state.params, self._ranks)._asdict()
 
   def _probed(self) -> float | None:
     """The loss of the batch that is next, where it is asked for."""
@@ -557,7 +558,7 @@ class Run:
       drift=numbers(report.drift),
       stability=numbers(report.stability),
       **details,
-      **metrics_lib.count(self.state.params)._asdict(),
+      **self._counts(),
     )
 
   def _in_order(self, by_path: dict[str, Any]) -> dict[str, Any]:
