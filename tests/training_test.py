@@ -19,6 +19,7 @@ import oialr_jax as oialr
 from oialr_jax import checkpoint
 from oialr_jax import training
 from oialr_jax.training import programs
+from oialr_jax.training import recorder
 
 STEPS = 30
 
@@ -152,6 +153,34 @@ def test_records_count_what_trains_sliced_or_not():
     counts = [r['trainable'] for r in result.records if 'trainable' in r]
     assert counts[0] > counts[-1] == at_end
     assert result.select('event')[-1]['trainable'] == at_end
+
+
+def test_the_host_is_a_step_ahead_of_the_device_and_no_more(monkeypatch):
+  params, state, loss, _, batches, _ = problem(Net())
+  metrics, ahead = [], []
+
+  def slow(params, *args):
+    x = jax.lax.fori_loop(0, 20, lambda _, x: jnp.tanh(x @ x), jnp.eye(200))
+    value, more = loss(params, *args)
+    return value + 0 * x[0, 0], more
+
+  def step(self, at, found):
+    metrics.append(found['loss'])
+    ahead.append(sum(not x.is_ready() for x in metrics))
+    take(self, at, found)
+
+  take = recorder.Recorder.step
+  monkeypatch.setattr(recorder.Recorder, 'step', step)
+  training.fit(
+    slow,
+    params,
+    batches(),
+    optimizer=optax.adam(1e-2),
+    steps=STEPS,
+    model_state=state,
+  )
+  assert len(ahead) == STEPS
+  assert max(ahead) <= 1
 
 
 def test_compaction_changes_nothing_but_shapes():

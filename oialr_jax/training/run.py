@@ -178,6 +178,7 @@ class Run:
     self.state = self._start(params, model_state)
     self._programs = programs_lib.Programs(compaction.background)
     self._program: programs_lib.Program | None = None  # the step's
+    self._under_way: PyTree = None  # metrics of the last step
     self._switch: _Switch | None = None
     self._threads = background.threads()
     self._update: background.Update | None = None  # that is under way
@@ -249,6 +250,10 @@ class Run:
       self._taken += 1
       # The next batch is made while the device works on this one.
       self._next = self._fetch(wanted=step + 1 < self._steps)
+      # No further ahead of the device: a run that is to stop would have to wait
+      # for all of these steps, and their batches would fill its memory.
+      jax.block_until_ready(self._under_way)
+      self._under_way = metrics
     if fresh:
       self._foresee(step)
     self._recorder.step(step + 1, metrics)
