@@ -42,7 +42,7 @@ def by_shape(
     device.
   """
   if devices() == 1 or not operands:
-    return linalg.by_shape(f, operands)
+    return linalg.by_shape(f, _whole(operands))
   found = _spread(f, dict(operands))
   return {path: found[path] for path in operands}
 
@@ -65,6 +65,14 @@ def assign(costs: Sequence[float], workers: int) -> list[int]:
     load, owners[i] = loads[0]
     heapq.heapreplace(loads, (load + costs[i], owners[i]))
   return owners
+
+
+def _whole(operands: Operands) -> Operands:
+  """Split by no explicit axis, which on one device are in the types as well."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.manual_axes or not mesh.explicit_axes:
+    return operands
+  return jax.sharding.reshard(dict(operands), jax.sharding.PartitionSpec())
 
 
 @functools.partial(jax.jit, static_argnums=0)

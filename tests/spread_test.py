@@ -51,6 +51,18 @@ def _first(w, live):
   return (jnp.where(live[..., None], w, 0), *linalg.svd(w))
 
 
+def test_axes_of_one_device_may_be_explicit():
+  explicit = jax.sharding.AxisType.Explicit
+  mesh = jax.make_mesh((1,), ('data',), axis_types=(explicit,))
+  w = np.random.default_rng(0).normal(size=(1, 6, 4)).astype(np.float32)
+  with jax.set_mesh(mesh):
+    for spec in [(), (None, 'data'), (None, None, 'data')]:
+      split = jax.device_put(w, jax.P(*spec))
+      found = spread.by_shape(linalg.svd, {'w': (split,)})['w']
+      for x, y in zip(found, linalg.svd(jnp.asarray(w))):
+        np.testing.assert_array_equal(x, y)
+
+
 @pytest.mark.parametrize('meshed', [False, True])
 def test_on_one_device_it_is_linalgs(meshed):
   auto = jax.sharding.AxisType.Auto
