@@ -284,6 +284,34 @@ def test_a_signal_saves_and_stops(whole, tmp_path, name, capsys):
   assert_same(fit(tmp_path, resume=True), whole)
 
 
+@pytest.mark.parametrize('step', [10, STEPS])
+def test_a_signal_ends_an_evaluation_which_is_made_up_for(
+  whole, tmp_path, step
+):
+  *_, eval_batches = training_test.problem(training_test.Net(norm=True))
+  keep = checkpoint.Keep(best=1, metric='accuracy')  # the lowest: the first
+  done, told = Steps(), []
+
+  def batches():
+    for i, batch in enumerate(eval_batches()):
+      if i == 1 and done.done[-1:] == [step] and len(told) < 2:
+        signal.raise_signal(signal.SIGTERM)
+        told.append(step)
+      yield batch
+    assert len(told) in (0, 2) or done.done[-1:] != [step]
+
+  options = dict(
+    eval_data=batches, callbacks=[done], keep=keep, checkpoint_every=5
+  )
+  for _ in range(2):
+    with pytest.raises(training.Interrupted, match='SIGTERM') as stopped:
+      fit(tmp_path, **options, resume=True)
+    assert stopped.value.step == step
+  assert_same(fit(tmp_path, **options, resume=True), whole)
+  with checkpoint.Checkpoints(tmp_path / 'checkpoints', keep) as saved:
+    assert step in saved.steps()
+
+
 @pytest.mark.usefixtures('foreground')
 def test_an_ignored_signal_stays_ignored():
   signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -61,6 +61,14 @@ class Watch:
       return 'SIGTERM or a notice of preemption was received'
     return ''
 
+  def is_told(self) -> bool:
+    """Whether a signal came; by which to stop within an evaluation, too.
+
+    Not so by `max_seconds`: if they are fewer than an evaluation takes, a run
+    that goes on again and again would never have one.
+    """
+    return self._signal is not None
+
   def _late(self, step: int) -> bool:
     if self._deadline is None:
       return False

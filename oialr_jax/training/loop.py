@@ -132,7 +132,8 @@ def fit(
     OSError: a checkpoint cannot be written, as on a full disk; those that are
       there are as they were.
     Interrupted: SIGTERM, Ctrl-C, preemption or max_seconds ended the run, which
-      has saved; a `SystemExit`, so that a program ends with it.
+      has saved; a `SystemExit`, so that a program ends with it. An evaluation
+      that a signal ended is done anew when the run goes on.
   """
   if steps < 1:
     raise ValueError(f'steps={steps}: must be at least 1.')
@@ -243,7 +244,7 @@ def fit(
       stop=stop,
       track_every=track_every,
       log_every=log_every,
-      eval_every=eval_every,
+      eval_every=eval_every if eval_fn else None,
       checkpoint_every=checkpoint_every,
     ).train(start, rollbacks)
     return run.result()
@@ -280,6 +281,9 @@ class _Loop:
 
   def _train(self, start: int):
     done = start
+    if self._was_evaluating(start):
+      self._evaluate(start)
+      self._save(start)
     while not self._is_last(done):
       with self._diverging(done):
         event = self.schedule.event(done) if self.schedule else None
@@ -297,7 +301,8 @@ class _Loop:
       return  # it stopped there before
     if self.track_every:
       self.run.track(done)
-    self.run.finish(done)
+    if not self.run.finish(done, self.watch.is_told):
+      self._interrupt(done, self.watch.reason(done))
     self._save(done)
     self._tell()
 
@@ -321,22 +326,37 @@ class _Loop:
 
   def _after(self, done: int):
     """Logs, evaluates and saves, where it is time for it."""
-    due = lambda every: every and done % every == 0 and done < self.stop
-    if done == self.stop or due(self.log_every):
+    if done == self.stop or self._is_due(self.log_every, done):
       self.recorder.log()
-    if due(self.eval_every):
-      self.run.evaluate(done)
+    if self._is_due(self.eval_every, done):
+      self._evaluate(done)
     if self._is_last(done):
       return
-    reason = self.watch.reason(done)
-    if reason or due(self.checkpoint_every):
+    if reason := self.watch.reason(done):
+      self._interrupt(done, reason)
+    if self._is_due(self.checkpoint_every, done):
       self._save(done)
-    if reason:
-      self._tell()
-      stopped = interruptions.Interrupted(reason, done)
-      goes_on = 'it goes on from there with resume=True, of a binary --resume'
-      logging.warning('%s; %s', stopped, goes_on if self.saved else 'not saved')
-      raise stopped
+
+  def _is_due(self, every: int | None, done: int) -> bool:
+    return bool(every) and done % every == 0 and done < self.stop
+
+  def _was_evaluating(self, start: int) -> bool:
+    """Whether the run was stopped in an evaluation."""
+    due = self._is_due(self.eval_every, start)
+    return bool(start) and due and not self.recorder.at('eval', start)
+
+  def _evaluate(self, done: int):
+    if not self.run.evaluate(done, self.watch.is_told):
+      self._interrupt(done, self.watch.reason(done))
+
+  def _interrupt(self, done: int, reason: str):
+    """Saves and stops."""
+    self._save(done)
+    self._tell()
+    stopped = interruptions.Interrupted(reason, done)
+    goes_on = 'it goes on from there with resume=True, of a binary --resume'
+    logging.warning('%s; %s', stopped, goes_on if self.saved else 'not saved')
+    raise stopped
 
   def _save(self, step: int):
     if self.saved is None:

@@ -691,12 +691,15 @@ class Run:
       found |= {name: numbers(values) for name, values in more.items()}
     return found
 
-  def evaluate(self, step: int):
+  def evaluate(self, step: int, stop: Callable[[], bool]) -> bool:
+    """Evaluates; False where `stop`, asked before every batch, ended it."""
     if self._eval is None:
-      return
+      return True
     self._settle()
     sums, count = {}, 0
     for batch in self._eval_data():
+      if stop():
+        return False
       batch = self._place.batch(self._place.padded(batch))
       args = self.state.params, self.state.model_state, batch
       with self._recorder.clock('compiling'):
@@ -716,6 +719,7 @@ class Run:
       )
     means = {k: v / count for k, v in sums.items()}
     self._recorder.record('eval', step, **means, examples=count)
+    return True
 
   # Checkpoints.
 
@@ -852,14 +856,22 @@ class Run:
     with self._recorder.clock('training'):
       jax.block_until_ready(self.state)
 
-  def finish(self, step: int):
-    """Evaluates, slices what is pruned, and writes the last record."""
+  def finish(self, step: int, stop: Callable[[], bool]) -> bool:
+    """Evaluates, slices what is pruned, and writes the last record.
+
+    Args:
+      step: optimiser steps done.
+      stop: ends the evaluation, see `evaluate`.
+
+    Returns:
+      False where it did, before anything else was done.
+    """
     self._settle()
     self._recorder.log(settled=True)
     rate = 1 / self._step_seconds(step)
     # The function is that of the sliced kernels, for which nothing is compiled.
-    if not self._recorder.at('eval', step):
-      self.evaluate(step)
+    if not self._recorder.at('eval', step) and not self.evaluate(step, stop):
+      return False
     if self._converted:  # by whatever its step has done since
       self._ranks = transforms.compact_ranks(self.state.params)
     carried = self._optimizer_bytes()  # by the steps: no state is left behind
@@ -875,6 +887,7 @@ class Run:
       optimizer_bytes=carried,
       **self._counts(),
     )
+    return True
 
   def _optimizer_bytes(self) -> int:
     return sum(x.nbytes for x in jax.tree.leaves(self.state.opt_state))
