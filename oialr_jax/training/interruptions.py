@@ -100,7 +100,8 @@ class Watch:
       restore()
       name = signal.Signals(number).name
       print(
-        f'{name}: stops after this step; again to stop now', file=sys.stderr
+        f'{name}: stops after this step or batch; again to stop now',
+        file=sys.stderr,
       )
 
     for number in before:

@@ -856,22 +856,10 @@ class Run:
     with self._recorder.clock('training'):
       jax.block_until_ready(self.state)
 
-  def finish(self, step: int, stop: Callable[[], bool]) -> bool:
-    """Evaluates, slices what is pruned, and writes the last record.
-
-    Args:
-      step: optimiser steps done.
-      stop: ends the evaluation, see `evaluate`.
-
-    Returns:
-      False where it did, before anything else was done.
-    """
+  def finish(self, step: int):
+    """Slices what is pruned, and writes the last record."""
     self._settle()
-    self._recorder.log(settled=True)
     rate = 1 / self._step_seconds(step)
-    # The function is that of the sliced kernels, for which nothing is compiled.
-    if not self._recorder.at('eval', step) and not self.evaluate(step, stop):
-      return False
     if self._converted:  # by whatever its step has done since
       self._ranks = transforms.compact_ranks(self.state.params)
     carried = self._optimizer_bytes()  # by the steps: no state is left behind
@@ -887,7 +875,6 @@ class Run:
       optimizer_bytes=carried,
       **self._counts(),
     )
-    return True
 
   def _optimizer_bytes(self) -> int:
     return sum(x.nbytes for x in jax.tree.leaves(self.state.opt_state))
