@@ -38,6 +38,12 @@ _MODEL = flags.DEFINE_enum(
   'model', 'mini_vit', models.NAMES, 'The model, by its name in the registry.'
 )
 _BATCH = flags.DEFINE_integer('batch', 64, 'Examples a step.', lower_bound=1)
+_IMAGE = flags.DEFINE_integer(
+  'image',
+  None,
+  'Pixels of an image, in height and width; by default as published.',
+  lower_bound=1,
+)
 _RANKS = flags.DEFINE_list(
   'ranks', ['1.0', '0.5', '0.3', '0.1'], 'Ranks, as shares of min(m, n).'
 )
@@ -215,13 +221,21 @@ def plot(rows: list[dict[str, Any]], title: str) -> mpl.Figure:
   return figure
 
 
+def _resized(shape: tuple[int, ...]) -> tuple[int, ...]:
+  """Of inputs, where it is one of images, of the configured size."""
+  if _IMAGE.value is None or len(shape) != 4:
+    return shape
+  batch, _, _, channels = shape
+  return batch, _IMAGE.value, _IMAGE.value, channels
+
+
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments: {" ".join(argv[1:])}')
   ranks = [float(r) for r in _RANKS.value]
   key = jax.random.key(0)
   batch = tuple(
-    jax.random.normal(key, x.shape, x.dtype)
+    jax.random.normal(key, _resized(x.shape), x.dtype)
     for x in models.inputs(_MODEL.value, _BATCH.value)
   )
   model = models.create(_MODEL.value, dtype=jnp.dtype(_DTYPE.value))
@@ -241,7 +255,16 @@ def main(argv):
   result = {
     'flags': {
       f.name: f.value
-      for f in (_MODEL, _BATCH, _RANKS, _MULTIPLE_OF, _DTYPE, _ROUNDS, _STEPS)
+      for f in (
+        _MODEL,
+        _BATCH,
+        _IMAGE,
+        _RANKS,
+        _MULTIPLE_OF,
+        _DTYPE,
+        _ROUNDS,
+        _STEPS,
+      )
     },
     'device': device,
     'jax': jax.__version__,

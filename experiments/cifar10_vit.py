@@ -6,7 +6,9 @@
 
 Trains with timm's augmentation and schedule, prints a table of all methods, and
 writes metrics, plots, the compressed model and `result.json` to --workdir. The
-variant `small` is for a CPU: four methods, three seeds. With --resume, runs that
+variant `small` is for a CPU: four methods, three seeds. To tune, hold out a part
+of the training data by --config.val_share=0.1: it takes the place of the test
+data. With --resume, runs that
 are in result.json are left out, and the one that was interrupted goes on. See
 experiments/configs/cifar10_vit.py.
 """
@@ -25,20 +27,22 @@ TRAINING_EXAMPLES = 50_000
 def main(config: settings.Config, options: cli.Options):
   train, test = splits(config, options.data_dir)
   recipe.compare(
-    task(config, train, test), config, options, examples=len(train)
+    task(config, train, test),
+    config,
+    options,
+    examples=len(train),
+    tested_on='validation' if config.val_share else 'test',
   )
 
 
 def splits(
   config: settings.Config, data_dir: str | None
 ) -> tuple[data.Split, data.Split]:
-  """Training and test data."""
-  del config  # there is one set
-  train, test = (
-    data.load('cifar10', split, data_dir=data_dir)
-    for split in ('train', 'test')
-  )
-  return train, test
+  """What is learnt from, and test data, or what is held out instead."""
+  load = lambda split: data.load('cifar10', split, data_dir=data_dir)
+  if config.val_share:
+    return classification.held_out(load('train'), config.val_share)
+  return load('train'), load('test')
 
 
 def task(
@@ -64,7 +68,8 @@ def plan(
 
 def check(config: settings.Config):
   recipe.augmentation(data.Augmentation.cifar, config)
-  recipe.check(config, examples=TRAINING_EXAMPLES, image=(32, 32, 3))
+  examples = round((1 - config.val_share) * TRAINING_EXAMPLES)
+  recipe.check(config, examples=examples, image=(32, 32, 3))
 
 
 BINARY = cli.Binary(

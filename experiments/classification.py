@@ -10,6 +10,7 @@ from typing import Any
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from experiments import cli
@@ -123,6 +124,27 @@ class Task:
     return {'accuracy': hit.astype(jnp.float32), 'loss': loss}
 
 
+def held_out(
+  split: data.Split, share: float, seed: int = 0
+) -> tuple[data.Split, data.Split]:
+  """The rest, and a share of the examples, as many of each class.
+
+  Args:
+    split: of training data.
+    share: in (0, 1).
+    seed: of which examples are which.
+  """
+  from sklearn import model_selection
+
+  rest, held = model_selection.train_test_split(
+    np.arange(len(split)),
+    test_size=share,
+    random_state=seed,
+    stratify=split.label,
+  )
+  return split.part(rest), split.part(held)
+
+
 def augmented(
   batches: data.Batches,
   augment: Callable[..., Any],
@@ -217,7 +239,13 @@ def compare(
     if rows:
       print(results.table(rows))
   if first:
-    results.write_report(options.workdir, first, task.forward, task.probe())
+    results.write_report(
+      options.workdir,
+      first,
+      task.forward,
+      task.probe(),
+      dtype=getattr(task.model, 'dtype', jnp.float32),
+    )
 
 
 def run(

@@ -11,6 +11,7 @@ import optax
 
 from experiments import classification
 from experiments import cli
+from experiments import results
 from experiments import runs
 from experiments import settings
 from oialr_jax import data
@@ -106,6 +107,7 @@ def compare(
   options: cli.Options,
   *,
   examples: int,
+  tested_on: str = 'test',
 ):
   """Runs the methods and seeds of the configuration, see `classification`.
 
@@ -114,6 +116,7 @@ def compare(
     config: the settings.
     options: of the binary.
     examples: of an epoch.
+    tested_on: the split of the evaluations, by its name.
   """
   steps = length(config, examples)
   classification.compare(
@@ -126,6 +129,7 @@ def compare(
     rate=rate(config, steps),
     eval_every=max(1, round(config.eval_epochs * steps / config.epochs)),
     track_every=config.track_every,
+    summary=lambda _, result: results.summary(result, tested_on),
   )
 
 

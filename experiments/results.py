@@ -7,6 +7,7 @@ import statistics
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from experiments import runs
@@ -19,10 +20,11 @@ from oialr_jax import training
 WINDOW = 20
 
 
-def summary(result: training.Result) -> dict[str, Any]:
+def summary(result: training.Result, tested_on: str = 'test') -> dict[str, Any]:
   """The numbers of a run that the table shows."""
   final = result.select('eval')[-1]
-  return {'test accuracy %': 100 * final['accuracy'], **runs.summary(result)}
+  accuracy = {f'{tested_on} accuracy %': 100 * final['accuracy']}
+  return accuracy | runs.summary(result)
 
 
 def losses(result: training.Result) -> np.ndarray:
@@ -54,6 +56,7 @@ def write_report(
   results: Mapping[str, training.Result],
   forward: Callable[..., jax.Array],
   inputs: Sequence[Any],
+  dtype: Any = np.float32,
 ):
   """Writes report.html; pictures and OIALR's model as files to `report`.
 
@@ -64,6 +67,7 @@ def write_report(
     results: by method.
     forward: the model, `forward(variables, *inputs)`, see `export.write`.
     inputs: examples.
+    dtype: that the model computes in.
   """
   if jax.process_index() > 0:
     return
@@ -75,7 +79,10 @@ def write_report(
     return
   state = results['oialr'].state
   variables = jax.device_get({'params': state.params, **state.model_state})
-  sizes = export.write(folder, forward, variables, inputs)
+  # The factors are multiplied in another order, which rounds otherwise.
+  exact = dtype == np.float32
+  tolerance = 1e-5 if exact else 8 * float(jnp.finfo(dtype).eps)
+  sizes = export.write(folder, forward, variables, inputs, tolerance=tolerance)
   files = [p.name for p in paths]
   files += [f'{name} ({1e-6 * n:.3g} MB)' for name, n in sizes.items()]
   print(f'{", ".join(files)} in {folder}')

@@ -44,7 +44,6 @@ from types import ModuleType
 import filelock
 from matplotlib import figure as mpl
 from matplotlib import ticker
-import numpy as np
 import optuna
 
 from experiments import classification
@@ -100,16 +99,8 @@ class Problem:
 
   def held_out(self, share: float, seed: int) -> 'Problem':
     """With a part of the training data to evaluate on, as many of each class."""
-    from sklearn import model_selection
-
-    train, validation = model_selection.train_test_split(
-      np.arange(len(self.train)),
-      test_size=share,
-      random_state=seed,
-      stratify=self.train.label,
-    )
     return Problem(
-      self.binary, self.train.part(train), self.train.part(validation)
+      self.binary, *classification.held_out(self.train, share, seed)
     )
 
   def steps(self, config: Config) -> int:

@@ -179,3 +179,27 @@ def test_test_images_are_normalised_as_training_images_are():
   for name, values in plain.evaluate(params, state, same).items():
     found = normal.evaluate(params, state, raw)[name]
     np.testing.assert_allclose(found, values, rtol=1e-5)
+
+
+def test_a_part_held_out_is_evaluated_on_in_place_of_test_data(
+  folder, tmp_path
+):
+  flags = '--config.val_share=0.5', '--config.methods=dense'
+  (row,) = run(folder, tmp_path, *flags)
+  assert 'validation accuracy %' in row
+  assert 'test accuracy %' not in row
+  config = cifar10_vit.BINARY.config()
+  config.val_share = 0.5
+  train, held_out = cifar10_vit.splits(config, str(folder))
+  whole = data.load('cifar10', 'train', data_dir=folder)
+  both = np.concatenate([train.image, held_out.image])
+  as_rows = lambda x: sorted(map(bytes, x.reshape(len(x), -1)))
+  assert len(train) == len(held_out) == 10
+  assert as_rows(both) == as_rows(whole.image)
+
+
+def test_a_model_that_computes_in_bfloat16_is_exported(folder, tmp_path):
+  flags = '--config.model.dtype=bfloat16', '--config.methods=oialr'
+  run(folder, tmp_path, *flags)
+  report = {path.name for path in (tmp_path / 'report').iterdir()}
+  assert {'dense.stablehlo', 'compressed.stablehlo'} <= report

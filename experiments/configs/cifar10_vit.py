@@ -41,6 +41,7 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
       seeds=(0,),
       epochs=300.0,
       steps=settings.optional(int),  # instead of those of the epochs
+      val_share=0.0,  # then evaluated on that instead of the test data
       eval_epochs=10.0,
       batch_size=1024,
       eval_batch_size=1000,
