@@ -190,11 +190,12 @@ def correlate(query: Array, key: Array) -> Array:
   Returns:
     `[batch, time]`, at least float32.
   """
-  spectrum = lambda x: jnp.fft.rfft(
-    jnp.moveaxis(x.astype(_wide(x.dtype)), 1, -1)
-  )
+  # One transform of both: of two side by side, the gradients' can wait for each
+  # other for ever on a CPU (jax 0.11.2; as `linalg.after` says of SVDs).
+  both = jnp.stack([query, key]).astype(_wide(query.dtype))
+  query_spectrum, key_spectrum = jnp.fft.rfft(jnp.moveaxis(both, 2, -1))
   # The mean commutes with the inverse transform, which so is one a series.
-  product = jnp.mean(spectrum(query) * jnp.conj(spectrum(key)), axis=1)
+  product = jnp.mean(query_spectrum * jnp.conj(key_spectrum), axis=1)
   # Odd lengths are not told from even ones by the number of frequencies.
   return jnp.fft.irfft(product, n=query.shape[1])
 
@@ -435,7 +436,7 @@ class SeasonalNorm(nn.Module):
   @nn.compact
   def __call__(self, x: Array) -> Array:
     """`[batch, time, features]` of the same."""
-    x = nn.LayerNorm(
+    x = common.LayerNorm(
       epsilon=1e-5,
       dtype=self.dtype,
       param_dtype=self.param_dtype,
