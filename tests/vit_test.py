@@ -274,6 +274,23 @@ def test_it_computes_in_bfloat16_with_parameters_in_float32():
   assert not np.allclose(out, expected, atol=1e-5)
 
 
+def test_the_backward_pass_is_handed_neither_attention_nor_norms():
+  """Of bfloat16, these in float32 would be the most of what it keeps."""
+  x = oracles.images(2, 16, 16, 3)
+  model = models.Vit(**_TINY, dtype=jnp.bfloat16)
+  params = oracles.variables(model, x)['params']
+
+  def kept(params):
+    forward = lambda p: model.apply({'params': p}, x)
+    return jax.tree.leaves(jax.vjp(forward, params)[1])
+
+  found = {(x.shape, str(x.dtype)) for x in jax.eval_shape(kept, params)}
+  tokens, features = 1 + 4 * 4, _TINY['embed_dim']
+  assert ((2, tokens, features), 'bfloat16') in found
+  assert ((2, tokens, features), 'float32') not in found
+  assert not [shape for shape, _ in found if shape[-2:] == (tokens, tokens)]
+
+
 @pytest.mark.parametrize(
   'options, message',
   [

@@ -5,6 +5,7 @@ follows an underscore, `blocks_3/attn/qkv` for `blocks.3.attn.qkv`.
 """
 
 from collections.abc import Callable, Mapping
+import functools
 from typing import Any
 
 from flax import linen as nn
@@ -26,6 +27,27 @@ def gelu(x: Array) -> Array:
   JAX's own is by erfc, more exact in the far tail and, on CPUs, twice as slow.
   """
   return 0.5 * x * (1 + lax.erf(x * jnp.array(0.5**0.5, x.dtype)))
+
+
+# Of each norm autodiff keeps three arrays of its input's size, in float32. Here
+# it keeps the input.
+LayerNorm = nn.remat(nn.LayerNorm)
+
+
+@functools.partial(jax.checkpoint, static_argnums=3)
+def attention(query: Array, key: Array, value: Array, causal: bool) -> Array:
+  """softmax(q k^T / sqrt(features)) v; all are `[batch, tokens, heads, features]`.
+
+  The weights, one for every two tokens, are computed anew in the backward pass:
+  kept in float32, those of a ViT would be a third of all that it keeps.
+
+  Args:
+    query: of the tokens that look.
+    key: of those that are looked at.
+    value: likewise.
+    causal: whether a token sees itself and those before it alone.
+  """
+  return jax.nn.dot_product_attention(query, key, value, is_causal=causal)
 
 
 ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {

@@ -67,7 +67,7 @@ class ConvNext(nn.Module):
     types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
     init = dict(kernel_init=common.normal_init)
     conv = functools.partial(nn.Conv, padding='VALID', **init, **types)
-    norm = functools.partial(nn.LayerNorm, epsilon=1e-6, **types)
+    norm = functools.partial(common.LayerNorm, epsilon=1e-6, **types)
     dense = functools.partial(nn.Dense, **init, **types)
     block = functools.partial(
       Block,

@@ -71,7 +71,7 @@ class Gpt(nn.Module):
         f'a text of {length} tokens is longer than context={self.context}.'
       )
     types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-    norm = functools.partial(nn.LayerNorm, **types)
+    norm = functools.partial(common.LayerNorm, **types)
     init = common.normal_init
     dense = functools.partial(nn.Dense, kernel_init=init, **types)
     embed = nn.Embed(

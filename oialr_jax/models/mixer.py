@@ -59,7 +59,7 @@ class Mixer(nn.Module):
         size.
     """
     types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-    norm = functools.partial(nn.LayerNorm, epsilon=1e-6, **types)
+    norm = functools.partial(common.LayerNorm, epsilon=1e-6, **types)
     dense = functools.partial(
       nn.Dense,
       kernel_init=nn.initializers.xavier_uniform(),

@@ -95,7 +95,7 @@ class Vit(nn.Module):
         size.
     """
     types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-    norm = functools.partial(nn.LayerNorm, epsilon=1e-6, **types)
+    norm = functools.partial(common.LayerNorm, epsilon=1e-6, **types)
     block = functools.partial(
       Block,
       num_heads=self.num_heads,
@@ -222,14 +222,20 @@ class Attention(nn.Module):
     qkv = self.dense(3 * features, use_bias=self.qkv_bias, name='qkv')(x)
     qkv = qkv.reshape(*x.shape[:2], 3, self.num_heads, -1)
     random = train and self.attn_dropout > 0
-    x = nn.dot_product_attention(
-      *jnp.unstack(qkv, axis=2),
-      mask=nn.make_causal_mask(jnp.ones(x.shape[:2])) if self.causal else None,
-      broadcast_dropout=False,
-      dropout_rng=self.make_rng('dropout') if random else None,
-      dropout_rate=self.attn_dropout,
-      deterministic=not random,
-      force_fp32_for_softmax=True,
-    )
+    attention = self._dropping if random else common.attention
+    x = attention(*jnp.unstack(qkv, axis=2), self.causal)
     x = self.dense(features, name='proj')(x.reshape(*x.shape[:2], features))
     return common.Dropout(self.dropout, deterministic=not train)(x)
+
+  def _dropping(self, query: Array, key: Array, value: Array, causal: bool):
+    """`common.attention`, which drops no weights."""
+    return nn.dot_product_attention(
+      query,
+      key,
+      value,
+      mask=nn.make_causal_mask(jnp.ones(query.shape[:2])) if causal else None,
+      broadcast_dropout=False,
+      dropout_rng=self.make_rng('dropout'),
+      dropout_rate=self.attn_dropout,
+      force_fp32_for_softmax=True,
+    )
