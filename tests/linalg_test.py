@@ -17,6 +17,11 @@ def _random(*shape, seed=0):
   return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
+# cuSOLVER's Jacobi method rounds more than LAPACK: on an H200 these tests saw
+# 1.1e-6, 5e-7 and 1.6e-5 where 1e-6, 0 and 1e-5 are for CPUs.
+_ON_CPU = jax.default_backend() == 'cpu'
+
+
 def _transposed(x):
   return np.swapaxes(x, -1, -2)
 
@@ -27,7 +32,7 @@ def test_svd_decomposes_with_unique_signs(m, n):
   u, s, vt = map(kernels.float64, jax.jit(linalg.svd)(w))
   k = min(m, n)
   assert (u.shape, s.shape, vt.shape) == ((2, m, k), (2, k), (2, k, n))
-  assert kernels.error(u * s[:, None] @ vt, w) < 1e-6
+  assert kernels.error(u * s[:, None] @ vt, w) < (1e-6 if _ON_CPU else 3e-6)
   np.testing.assert_allclose(
     s, kernels.singular_values(kernels.float64(w)), rtol=1e-5
   )
@@ -38,7 +43,7 @@ def test_svd_decomposes_with_unique_signs(m, n):
 def test_the_svd_of_a_falling_diagonal_is_the_identity():
   values = np.array([[5.0, 3, 2, 1, 0]], np.float32)
   u, s, vt = linalg.svd(np.stack([np.diag(x) for x in values]))
-  np.testing.assert_array_equal(s, values)
+  np.testing.assert_allclose(s, values, rtol=0 if _ON_CPU else 3e-7)
   np.testing.assert_array_equal(u[0], np.eye(5))
   np.testing.assert_array_equal(vt[0], np.eye(5))
 
@@ -171,7 +176,8 @@ def test_polar_leaves_out_directions_without_length():
   u, v = (kernels.orthonormal(rng, 3, 64, 32) for _ in range(2))
   u[2] = 0
   w = kernels.array(u @ _transposed(v), 'float32')
-  np.testing.assert_allclose(linalg.polar(w), w, atol=1e-5)
+  atol = 1e-5 if _ON_CPU else 3e-5
+  np.testing.assert_allclose(linalg.polar(w), w, atol=atol)
 
 
 def test_drift_measures_live_columns_only():
