@@ -11,7 +11,7 @@ to the dense step of the same round. Works on a CPU and on an accelerator; with
 cheapest; `multiplied out` rebuilds every kernel, as the published code does.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import dataclasses
 import json
 import math
@@ -62,13 +62,19 @@ _ROUNDS = flags.DEFINE_integer(
 _STEPS = flags.DEFINE_integer(
   'steps', 1, 'Steps that are timed together, for fast ones.', lower_bound=1
 )
+WAYS = {'factors': 'auto', 'multiplied out': 'materialise'}
+_WAYS = flags.DEFINE_multi_enum(
+  'way',
+  list(WAYS),
+  list(WAYS),
+  'What to compare with the dense step; may be repeated. Every program compiles '
+  'for minutes where an accelerator tries out its convolutions.',
+)
 _WORKDIR = flags.DEFINE_string(
   'workdir', 'runs/bench_step', 'Folder for result.json and step_time.png.'
 )
 
 ranges.check('ranks', float, 1e-6, 1.0)
-
-WAYS = {'factors': 'auto', 'multiplied out': 'materialise'}
 
 
 @dataclasses.dataclass
@@ -97,8 +103,9 @@ def cases(
   ranks: list[float],
   multiple: int,
   key: jax.Array,
+  ways: Sequence[str] = tuple(WAYS),
 ) -> Iterator[Case]:
-  """The dense step, then at every rank both ways, compiled."""
+  """The dense step, then at every rank all ways, compiled."""
   variables = model.init(key, *batch)
   params = variables.pop('params')
   loss = problems.mean_square(model)
@@ -114,8 +121,8 @@ def cases(
       for layer in layers
     }
     low = oialr.to_lowrank(params, layers, rank=rounded)
-    for name, way in WAYS.items():
-      yield _case(name, rank, way, loss, low, variables, batch, key)
+    for name in ways:
+      yield _case(name, rank, WAYS[name], loss, low, variables, batch, key)
 
 
 def _case(name, rank, way, loss, params, model_state, batch, key) -> Case:
@@ -203,6 +210,8 @@ def plot(rows: list[dict[str, Any]], title: str) -> mpl.Figure:
   axes = figure.subplots()
   for i, name in enumerate(WAYS):
     of = [row for row in rows if row['program'] == name]
+    if not of:
+      continue
     ranks = [row['r / min(m, n)'] for row in of]
     axes.plot(ranks, [r['vs dense'] for r in of], f'C{i}o-', label=name)
     axes.plot(
@@ -221,12 +230,12 @@ def plot(rows: list[dict[str, Any]], title: str) -> mpl.Figure:
   return figure
 
 
-def _resized(shape: tuple[int, ...]) -> tuple[int, ...]:
-  """Of inputs, where it is one of images, of the configured size."""
-  if _IMAGE.value is None or len(shape) != 4:
+def resized(shape: tuple[int, ...], side: int | None) -> tuple[int, ...]:
+  """A shape of inputs, where these are images, of another size."""
+  if side is None or len(shape) != 4:
     return shape
   batch, _, _, channels = shape
-  return batch, _IMAGE.value, _IMAGE.value, channels
+  return batch, side, side, channels
 
 
 def main(argv):
@@ -235,11 +244,11 @@ def main(argv):
   ranks = [float(r) for r in _RANKS.value]
   key = jax.random.key(0)
   batch = tuple(
-    jax.random.normal(key, _resized(x.shape), x.dtype)
+    jax.random.normal(key, resized(x.shape, _IMAGE.value), x.dtype)
     for x in models.inputs(_MODEL.value, _BATCH.value)
   )
   model = models.create(_MODEL.value, dtype=jnp.dtype(_DTYPE.value))
-  timed = list(cases(model, batch, ranks, _MULTIPLE_OF.value, key))
+  timed = list(cases(model, batch, ranks, _MULTIPLE_OF.value, key, _WAYS.value))
   for case in timed:
     case.run(batch, key, 1)  # the first step of a program warms it up
   for round_ in range(_ROUNDS.value):
@@ -264,6 +273,7 @@ def main(argv):
         _DTYPE,
         _ROUNDS,
         _STEPS,
+        _WAYS,
       )
     },
     'device': device,

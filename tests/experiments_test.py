@@ -119,6 +119,24 @@ def test_missing_data_end_with_the_command_that_prepares_them(tmp_path):
     call(mnist_cnn, f'--data_dir={tmp_path}', f'--workdir={tmp_path / "run"}')
 
 
+def test_bench_step_takes_images_of_any_size_and_one_way(tmp_path):
+  run(
+    'bench_step',
+    '--model=resnet18_cifar',
+    '--batch=1',
+    '--image=8',
+    '--ranks=0.5',
+    '--rounds=1',
+    '--way=factors',
+    f'--workdir={tmp_path}',
+  )
+  result = json.loads((tmp_path / 'result.json').read_text())
+  dense, low = result['rows']
+  assert low['program'] == 'factors'
+  # The widest activations: 64 channels of 8 x 8 pixels, not of 32 x 32.
+  assert dense['saved MB'] < 1
+
+
 def test_bench_step_compares_programs_and_draws(tmp_path):
   done = run(
     'bench_step',
