@@ -33,6 +33,8 @@ TINY = (
   '--config.learning_rate=1e-3',
   '--config.compaction.reproducible',
   '--config.epochs=2',
+  '--config.eval_epochs=1',
+  '--config.constant_epochs=2',
   '--config.oialr.delay=2',
   '--config.oialr.every=2',
   '--config.oialr.progressive=1',
@@ -319,6 +321,7 @@ def test_windows_are_those_of_the_authors_program(folder):
 
 def test_the_rate_is_halved_at_the_end_of_every_epoch_but_the_first():
   config, _ = cli.parse(ett_autoformer.BINARY, ())
+  config.constant_epochs, config.halving_epochs = 2.0, 1.0  # the authors'
   rate = ett_autoformer._halving(config, 10)
   rates = [float(rate(step)) for step in (0, 9, 10, 19, 20, 29, 30, 49)]
   expected = 1e-4 * np.array([1, 1, 1, 1, 0.5, 0.5, 0.25, 0.125])
