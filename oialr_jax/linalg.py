@@ -169,7 +169,15 @@ def _eager(w, *, vectors):
 def _shapes(w, *, vectors):
   *batch, m, n = w.shape
   k = min(m, n)
-  of = lambda *shape: w.update(shape=(*batch, *shape), weak_type=False)
+
+  def of(*shape):
+    spec = jax.P(*w.sharding.spec[: len(batch)], *(None for _ in shape))
+    return w.update(
+      shape=(*batch, *shape),
+      weak_type=False,
+      sharding=w.sharding.update(spec=spec),
+    )
+
   return (of(m, k), of(k), of(k, n)) if vectors else (of(k),)
 
 
