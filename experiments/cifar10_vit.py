@@ -8,9 +8,8 @@ Trains with timm's augmentation and schedule, prints a table of all methods, and
 writes metrics, plots, the compressed model and `result.json` to --workdir. The
 variant `small` is for a CPU: four methods, three seeds. To tune, hold out a part
 of the training data by --config.val_share=0.1: it takes the place of the test
-data. With --resume, runs that
-are in result.json are left out, and the one that was interrupted goes on. See
-experiments/configs/cifar10_vit.py.
+data. With --resume, runs that are in result.json are left out, and the one that
+was interrupted goes on. See experiments/configs/cifar10_vit.py.
 """
 
 import optax

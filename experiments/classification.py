@@ -244,7 +244,7 @@ def compare(
       first,
       task.forward,
       task.probe(),
-      dtype=getattr(task.model, 'dtype', jnp.float32),
+      getattr(task.model, 'dtype', jnp.float32),
     )
 
 

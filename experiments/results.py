@@ -56,7 +56,7 @@ def write_report(
   results: Mapping[str, training.Result],
   forward: Callable[..., jax.Array],
   inputs: Sequence[Any],
-  dtype: Any = np.float32,
+  dtype: Any,
 ):
   """Writes report.html; pictures and OIALR's model as files to `report`.
 
@@ -80,8 +80,7 @@ def write_report(
   state = results['oialr'].state
   variables = jax.device_get({'params': state.params, **state.model_state})
   # The factors are multiplied in another order, which rounds otherwise.
-  exact = dtype == np.float32
-  tolerance = 1e-5 if exact else 8 * float(jnp.finfo(dtype).eps)
+  tolerance = max(1e-5, 8 * float(jnp.finfo(dtype).eps))
   sizes = export.write(folder, forward, variables, inputs, tolerance=tolerance)
   files = [p.name for p in paths]
   files += [f'{name} ({1e-6 * n:.3g} MB)' for name, n in sizes.items()]

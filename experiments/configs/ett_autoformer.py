@@ -8,7 +8,7 @@ one, because both methods are at their best within the first epoch.
 Command: python -m experiments.ett_autoformer --data_dir=FOLDER
   --config=experiments/configs/ett_autoformer.py:cpu   (horizon 192, one seed)
 Hardware and minutes: on one CPU core 90 for the dense run of the variant `cpu`,
-two thirds of an epoch at horizon 192, and 60 for OIALR's; on a GPU not measured.
+two thirds of an epoch at horizon 192; on a GPU not measured.
 Expected: at horizon 192 dense test MSE 0.274, as published, and OIALR 0.270 with
 3 % trainable (published: 0.268); others not measured here (published for 720:
 0.420, both).

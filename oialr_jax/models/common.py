@@ -36,7 +36,7 @@ LayerNorm = nn.remat(nn.LayerNorm)
 
 @functools.partial(jax.checkpoint, static_argnums=3)
 def attention(query: Array, key: Array, value: Array, causal: bool) -> Array:
-  """softmax(q k^T / sqrt(features)) v; all are `[batch, tokens, heads, features]`.
+  """softmax(q k^T / sqrt(features)) v, all `[batch, tokens, heads, features]`.
 
   The weights, one for every two tokens, are computed anew in the backward pass:
   kept in float32, those of a ViT would be a third of all that it keeps.

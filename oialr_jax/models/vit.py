@@ -228,7 +228,7 @@ class Attention(nn.Module):
     return common.Dropout(self.dropout, deterministic=not train)(x)
 
   def _dropping(self, query: Array, key: Array, value: Array, causal: bool):
-    """`common.attention`, which drops no weights."""
+    """As `common.attention`, with weights dropped at random."""
     return nn.dot_product_attention(
       query,
       key,
