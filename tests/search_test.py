@@ -47,24 +47,20 @@ def test_no_trial_is_lost_or_doubled_by_kills(tmp_path):
   search_worker.worker(url)  # both begin with the same empty study
   command = [sys.executable, '-m', 'tests.search_worker', url, str(log)]
 
-  def start():
-    return [subprocess.Popen(command, cwd=ROOT) for _ in range(2)]
+  def start(*held):
+    return [subprocess.Popen([*command, *held], cwd=ROOT) for _ in range(2)]
 
-  workers = start()
-  deadline = time.monotonic() + 60
-  killed = []
-  while not killed:
-    assert time.monotonic() < deadline
-    found = states(url)
-    if (
-      sum(s in trials.DONE for s in found) >= 2
-      and found.count(TrialState.RUNNING) == 2
-    ):
-      for worker in workers:
-        worker.send_signal(signal.SIGKILL)
-      for worker in workers:
-        assert worker.wait() == -signal.SIGKILL
-      killed = [t for t in study(url).trials if t.state == TrialState.RUNNING]
+  workers = start('2')
+  try:
+    deadline = time.monotonic() + 60
+    while states(url)[2:] != 2 * [TrialState.RUNNING]:
+      assert time.monotonic() < deadline
+  finally:
+    for worker in workers:
+      worker.kill()
+    ends = [worker.wait() for worker in workers]
+  assert ends == 2 * [-signal.SIGKILL]
+  killed = [t for t in study(url).trials if t.state == TrialState.RUNNING]
   for worker in start():
     assert worker.wait(60) == 0
   done = study(url).trials[: search_worker.COUNT]

@@ -1,10 +1,14 @@
-"""A worker of `search_test`, to be killed: python -m tests.search_worker URL LOG.
+"""A worker of `search_test`, to be killed.
+
+Command: python -m tests.search_worker URL LOG [HELD]
 
 Trials of a sum that takes its time; LOG has a line for every one that is begun.
+From trial HELD on they never end.
 """
 
 import pathlib
 import sys
+import threading
 import time
 
 import optuna
@@ -28,14 +32,16 @@ def worker(url: str, **changes) -> trials.Trials:
   return trials.Trials(study, storage, SPACE, **known)
 
 
-def main(url: str, log: str):
+def main(url: str, log: str, held: str | None = None):
   def objective(trial: optuna.Trial) -> tuple[float, float]:
     with pathlib.Path(log).open('a') as file:
       file.write(f'{trial.number} {trial.params["x"]}\n')
+    if held is not None and trial.number >= int(held):
+      threading.Event().wait()
     time.sleep(SECONDS)
     return trial.params['x'], 1 - trial.params['x']
 
-  worker(url).run(objective)
+  worker(url, grace=3.0).run(objective)  # signs are late on a busy machine
 
 
 if __name__ == '__main__':
