@@ -11,6 +11,7 @@ rotated gradient of uncorrelated entries.
 
 from collections.abc import Mapping
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -44,27 +45,41 @@ KINDS = (*_TREES, COUNTER, STATE, KEEP)
 
 
 def train_sigma(
-  tx: optax.GradientTransformation,
+  tx: optax.GradientTransformation, *, sigma_scale: float | None = None
 ) -> optax.GradientTransformationExtraArgs:
   """Lets `tx` train Sigma and the dense leaves, and nothing move U and V.
 
+  Adam and its like give all entries of a parameter steps of about one size, so
+  that a step of a kernel W `[m, n]` has a Frobenius norm of about the rate times
+  sqrt(m n), and that of its Sigma `[r, r]` one of the rate times r: the fewer
+  directions are left, the slower W moves. `sigma_scale` makes up for it: a step
+  of Sigma is multiplied by sigma_scale sqrt(m n) / r, with the r that is live.
+  The paper does not; it is for optimisers whose updates do not grow with the
+  gradient, and not for those that keep iterates, such as
+  `optax.contrib.schedule_free`.
+
   Args:
     tx: any Optax chain, with decay, clipping, masks and schedules inside.
+    sigma_scale: of Sigma's updates, decay included, see above; None leaves them
+      as tx gives them.
 
   Returns:
     A transformation for params with `LowRank` leaves. Its `update` takes
     gradients (and params) in the structure of `params`, giving zeros to U and
-    V, or in that of `trainable(params)`, which needs no array of a basis's size
-    and is what a training loop should do.
+    V, or gradients in that of `trainable(params)`, which needs no array of a
+    basis's size and is what a training loop should do. With `sigma_scale`, the
+    params must come with their U and V.
 
   Raises:
     TypeError: tx is not a gradient transformation.
+    ValueError: sigma_scale is not positive; in `update`, it has no params.
   """
   if not isinstance(tx, optax.GradientTransformation):
     raise TypeError(
       f'tx={tx!r}: must be an optax.GradientTransformation, such as '
       'optax.adamw(3e-4).'
     )
+  check_sigma_scale(sigma_scale)
   tx = optax.with_extra_args_support(tx)
 
   def init(params):
@@ -73,9 +88,20 @@ def train_sigma(
   def update(updates, state, params=None, **extra):
     inner = None if params is None else transforms.trainable(params)
     new, state = tx.update(transforms.trainable(updates), state, inner, **extra)
+    if sigma_scale is not None:
+      new = _scaled(new, params, sigma_scale)
     return _frozen_bases(updates, new), state
 
   return optax.GradientTransformationExtraArgs(init, update)
+
+
+def check_sigma_scale(sigma_scale: float | None):
+  """Raises ValueError for what is no factor, nor None."""
+  if sigma_scale is not None and not 0 < sigma_scale < float('inf'):
+    raise ValueError(
+      f'sigma_scale={sigma_scale}: must be positive and finite, or None for '
+      'the updates as the optimiser gives them.'
+    )
 
 
 def transport(
@@ -423,6 +449,27 @@ def _as_published(x: Array, old, new) -> Array:
   live = lowrank.live(u)
   both = live[:, :, None] & live[:, None, :]
   return jnp.where(both, jnp.pad(kept, pad), 0).reshape(new.s.shape)
+
+
+def _scaled(updates: PyTree, params: PyTree, scale: float) -> PyTree:
+  """Updates of `trainable(params)`, Sigma's times scale sqrt(m n) / r."""
+  if params is None:
+    raise ValueError(
+      'train_sigma: sigma_scale asks for the ranks; call update(updates, state, '
+      'params) with the parameters, U and V included.'
+    )
+
+  def scaled(node, x):
+    if not lowrank.is_low_rank(node):
+      return x
+    _, m, n = lowrank.matrix_shape(node)
+    u, _, _ = lowrank.matrices(node)
+    rank = jnp.sum(lowrank.live(u), axis=-1).reshape(*x.shape[:-2], 1, 1)
+    # A whole matrix may be pruned; its update is zero.
+    factor = scale * math.sqrt(m * n) / jnp.maximum(rank, 1)
+    return (lowrank.wide(x) * factor).astype(x.dtype)
+
+  return jax.tree.map(scaled, params, updates, is_leaf=lowrank.is_low_rank)
 
 
 def _frozen_bases(updates: PyTree, new: PyTree) -> PyTree:

@@ -99,6 +99,8 @@ class Schedule:
       'bfloat16'.
     lag: steps that an update is applied after it began, its SVDs being done on
       the host meanwhile. Ranks are then those of the step at which it began.
+    sigma_scale: of Sigma's steps, so that they do not shrink with its rank, see
+      `train_sigma`; None leaves them as the optimiser gives them, as published.
 
   Raises:
     ValueError: a value is out of range, or two contradict each other.
@@ -122,9 +124,11 @@ class Schedule:
   policy: str = optimizer.TRANSPORT
   basis_dtype: str | None = None
   lag: int = 0
+  sigma_scale: float | None = None
 
   def __post_init__(self):
     transforms.check_basis_dtype(self.basis_dtype)
+    optimizer.check_sigma_scale(self.sigma_scale)
     if self.steps < 1:
       raise ValueError(f'steps={self.steps}: must be at least 1.')
     if self.every < 1:

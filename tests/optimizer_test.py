@@ -11,6 +11,7 @@ from optax import contrib
 import pytest
 
 import oialr_jax as oialr
+from oialr_jax import lowrank
 from oialr_jax import optimizer
 from oialr_jax import tree
 from tests import kernels
@@ -281,6 +282,58 @@ def test_train_sigma_hands_extra_arguments_on():
   updates, _ = tx.update(grads, tx.init(params), params, value=3.0)
 
   np.testing.assert_array_equal(updates['b']['kernel'].s, 3)
+
+
+@pytest.mark.parametrize('name', LAYERS)
+def test_sigma_scale_makes_up_for_the_rank_that_is_live(name):
+  layer = LAYERS[name]
+  m, n = layer.matrix
+  node, pruned = _changed('prune', layer)
+  params = {'kernel': pruned, 'bias': jnp.ones(3)}
+  u, _, _ = lowrank.matrices(pruned)
+  live = np.sum(np.any(np.asarray(u) != 0, axis=1), axis=-1)
+  assert live.shape == (layer.stack,) and 0 < live.min() < node.rank
+  tx = oialr.train_sigma(optax.sgd(0.5), sigma_scale=3.0)
+  grads = jax.tree.map(jnp.ones_like, params)
+
+  whole, _ = tx.update(grads, tx.init(params), params)
+  trained, _ = tx.update(oialr.trainable(grads), tx.init(params), params)
+
+  _assert_like(whole, params)
+  np.testing.assert_array_equal(whole['bias'], -0.5)
+  assert not np.any(whole['kernel'].u) and not np.any(whole['kernel'].vt)
+  r = pruned.rank
+  expected = -0.5 * 3 * np.sqrt(m * n) / live
+  for found in whole['kernel'].s, trained['kernel']:
+    np.testing.assert_allclose(
+      found.reshape(layer.stack, r, r) * np.ones((r, r)),
+      expected[:, None, None] * np.ones((r, r)),
+      rtol=1e-6,
+    )
+
+
+def test_sigma_scale_leaves_dense_kernels_and_dtypes_alone():
+  dense, layers = _init_params()
+  tx = oialr.train_sigma(optax.sgd(1.0), sigma_scale=3.0)
+  updates, _ = tx.update(dense, tx.init(dense), dense)
+  jax.tree.map(
+    lambda x, y: np.testing.assert_array_equal(x, -y), updates, dense
+  )
+  half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), dense)
+  params = oialr.to_lowrank(half, layers, rank=3)
+  updates, _ = tx.update(params, tx.init(params), params)
+  _assert_like(updates, params)
+
+
+def test_a_sigma_scale_that_cannot_be_is_refused():
+  for scale in 0.0, -1.0, float('inf'), float('nan'):
+    with pytest.raises(ValueError, match='sigma_scale.*positive'):
+      oialr.train_sigma(optax.sgd(1.0), sigma_scale=scale)
+  dense, layers = _init_params()
+  params = oialr.to_lowrank(dense, layers, rank=3)
+  tx = oialr.train_sigma(optax.sgd(1.0), sigma_scale=1.0)
+  with pytest.raises(ValueError, match='params'):
+    tx.update(params, tx.init(params))
 
 
 KERNELS = ('first', 'second', 'third')

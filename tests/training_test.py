@@ -188,6 +188,36 @@ def test_compaction_changes_nothing_but_shapes():
   np.testing.assert_allclose(losses(never), losses(fit()), rtol=2e-4)
 
 
+def test_sigma_scale_changes_the_steps_of_sigma_alone():
+  # With gradients of equal size the first step of Sigma tells its scale.
+  schedule = lambda steps, **more: oialr.Schedule(steps=steps, delay=9, **more)
+  run = lambda steps, **more: fit(
+    schedule=schedule(steps, **more), steps=steps, optimizer=optax.sgd(1e-3)
+  ).params
+  before, after = run(9 + 1), run(9 + 1, sigma_scale=2.0)
+  start = run(9 + 1, sigma_scale=1e-30)
+  for name, (m, n) in {'first': (12, 16), 'second': (16, 16)}.items():
+    stays = start[name]['kernel'].s
+    step = before[name]['kernel'].s - stays
+    scaled = after[name]['kernel'].s - stays
+    assert np.any(step)
+    np.testing.assert_allclose(
+      scaled, 2 * np.sqrt(m * n) / min(m, n) * step, rtol=0.02, atol=2e-6
+    )
+    np.testing.assert_array_equal(before[name]['bias'], after[name]['bias'])
+
+
+def test_compaction_changes_nothing_of_scaled_steps():
+  scaled = oialr.Schedule(
+    steps=STEPS, delay=9, every=7, cutoff=0.4, progressive=1.0, sigma_scale=2.0
+  )
+  never = fit(schedule=scaled, compaction=training.Compaction(min_saving=1))
+  often = fit(schedule=scaled)
+  assert _compactions(often)
+  np.testing.assert_allclose(losses(never), losses(often), rtol=2e-4)
+  assert np.any(np.abs(losses(often) - losses(fit())) > 1e-3)
+
+
 # Compiling beside the training.
 
 

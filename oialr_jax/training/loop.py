@@ -189,7 +189,9 @@ def fit(
     params,
     model_state if model_state is not None else {},
     iter(data),
-    optimizer=optimizer_lib.train_sigma(optimizer),
+    optimizer=optimizer_lib.train_sigma(
+      optimizer, sigma_scale=schedule and schedule.sigma_scale
+    ),
     steps=stop,
     schedule=schedule,
     conversion=conversion,

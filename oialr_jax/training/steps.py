@@ -118,9 +118,8 @@ def train_step(
     else:
       found = accumulated(state, batch, key)
     model_state, (grads, metrics) = found
-    old = transforms.trainable(state.params)
-    updates, opt_state = tx.update(grads, state.opt_state, old)
-    new = optax.apply_updates(old, updates)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    new = optax.apply_updates(transforms.trainable(state.params), updates)
     state = TrainState(
       step=state.step + 1,
       params=transforms.with_trainable(state.params, new),
