@@ -14,6 +14,7 @@ the size, for a GPU.
 
 import ml_collections
 
+from experiments import runs
 from experiments import settings
 
 _MODELS = dict(
@@ -83,8 +84,8 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
       models=_MODELS,
       # Sliced at the end alone: between, a run of seconds would compile.
       compaction=dict(min_saving=1.0, background=False, reproducible=True),
-      oialr=dict(
-        delay=settings.either(1 / 3),  # steps, or a share of the run
+      oialr=runs.oialr_section(
+        delay=1 / 3,  # steps, or a share of the run
         every=40,
         cutoff=0.2,
         progressive=0.5,
