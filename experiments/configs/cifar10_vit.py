@@ -5,10 +5,11 @@ Paper row: batch 1024, 300 epochs, AdamW, timm's augmentation; dense top-1
 Command: python -m experiments.cifar10_vit --data_dir=FOLDER_OF_TFDS
 Hardware and minutes: a GPU; on an H200 a step in bfloat16 takes 14 ms without
 augmentation. The variant `small` (width 256, 8 heads, 20 epochs of batch 128) is
-for a CPU: dense and OIALR take 2.4 hours each on one core.
+for a CPU: dense takes 2.4 hours on one core.
 Expected: as published, see above. Here dense training for a third of the epochs,
 by --config.steps=4800 in bfloat16, had 79.09 %; in `small`, seed 0, dense had
-55.92 % and OIALR 51.67 % with 19.8 % trainable.
+55.92 %, and OIALR as published 51.67 % with 19.8 % trainable (see BUILD_NOTES.md;
+the settings that the variant has now are still to be measured).
 
 The published configuration, configs/experiment/cifar10-minivit.yaml of the
 authors' repository, has epochs of 49 steps, the last of them smaller: here 48.
@@ -31,7 +32,11 @@ _VARIANTS = {
     warmup_epochs=1.0,
     learning_rate=1e-3,
     model=dict(embed_dim=256, num_heads=8),
-    oialr=dict(delay=1 / 6, every=265),  # the shares of the published run
+    # Chosen on validation data with a smaller network, see BUILD_NOTES.md; as
+    # published are a delay of 1/6 and what is below for the long run.
+    oialr=dict(
+      delay=1 / 3, every=265, cutoff=0.3, progressive=0.5, sigma_scale=2.0
+    ),
   ),
 }
 
