@@ -189,11 +189,11 @@ def test_compaction_changes_nothing_but_shapes():
 
 
 def test_sigma_scale_changes_the_steps_of_sigma_alone():
-  # With gradients of equal size the first step of Sigma tells its scale.
-  schedule = lambda steps, **more: oialr.Schedule(steps=steps, delay=9, **more)
-  run = lambda steps, **more: fit(
-    schedule=schedule(steps, **more), steps=steps, optimizer=optax.sgd(1e-3)
-  ).params
+  # From the same gradients the first step of Sigma tells its scale.
+  def run(steps, **more):
+    schedule = oialr.Schedule(steps=steps, delay=9, **more)
+    return fit(schedule=schedule, steps=steps, optimizer=optax.sgd(1e-3)).params
+
   before, after = run(9 + 1), run(9 + 1, sigma_scale=2.0)
   start = run(9 + 1, sigma_scale=1e-30)
   for name, (m, n) in {'first': (12, 16), 'second': (16, 16)}.items():
