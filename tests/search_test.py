@@ -1,5 +1,6 @@
 """Searching settings: trials that survive kills, what is stopped and chosen."""
 
+import contextlib
 import json
 import pathlib
 import signal
@@ -37,6 +38,19 @@ def states(url):
   return [t.state for t in study(url).trials]
 
 
+@contextlib.contextmanager
+def two_workers(*args):
+  """Two processes of tests.search_worker, killed at the end of the block."""
+  command = [sys.executable, '-m', 'tests.search_worker', *map(str, args)]
+  workers = [subprocess.Popen(command, cwd=ROOT) for _ in range(2)]
+  try:
+    yield workers
+  finally:
+    for worker in workers:
+      worker.kill()
+      worker.wait()
+
+
 @pytest.fixture
 def url(tmp_path):
   return f'journal:{tmp_path}/journal'
@@ -45,24 +59,14 @@ def url(tmp_path):
 def test_no_trial_is_lost_or_doubled_by_kills(tmp_path):
   url, log = f'sqlite:///{tmp_path / "trials"}', tmp_path / 'log'
   search_worker.worker(url)  # both begin with the same empty study
-  command = [sys.executable, '-m', 'tests.search_worker', url, str(log)]
-
-  def start(*held):
-    return [subprocess.Popen([*command, *held], cwd=ROOT) for _ in range(2)]
-
-  workers = start('2')
-  try:
+  with two_workers(url, log, '2') as workers:
     deadline = time.monotonic() + 60
     while states(url)[2:] != 2 * [TrialState.RUNNING]:
       assert time.monotonic() < deadline
-  finally:
-    for worker in workers:
-      worker.kill()
-    ends = [worker.wait() for worker in workers]
-  assert ends == 2 * [-signal.SIGKILL]
+  assert [w.returncode for w in workers] == 2 * [-signal.SIGKILL]
   killed = [t for t in study(url).trials if t.state == TrialState.RUNNING]
-  for worker in start():
-    assert worker.wait(60) == 0
+  with two_workers(url, log) as workers:
+    assert [w.wait(60) for w in workers] == [0, 0]
   done = study(url).trials[: search_worker.COUNT]
   assert [t.number for t in done] == [*range(search_worker.COUNT)]
   assert all(t.state == TrialState.COMPLETE for t in done)
