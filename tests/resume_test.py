@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import os
+import shutil
 import signal
 import threading
 
@@ -106,6 +107,51 @@ def test_a_resumed_run_is_the_same_run(whole, tmp_path, stop):
   assert [json.loads(x)['kind'] for x in lines] == [
     r['kind'] for r in result.records
   ]
+
+
+def cut(params, layers):
+  return oialr.to_factors(oialr.to_lowrank(params, layers, rank=3))
+
+
+# Each by what it says to `fit`; the first is that of `fit` here.
+METHODS = [
+  {},
+  {'schedule': oialr.Schedule(steps=STEPS, delay=12, every=5, policy='reset')},
+  {'schedule': None, 'conversion': training.Conversion(step=9, convert=cut)},
+  {'schedule': None},
+]
+
+
+@pytest.mark.parametrize('first', [METHODS[1], METHODS[3]])
+@pytest.mark.parametrize('stop', [4, 9])  # 9: and then there is an event
+def test_methods_share_a_dense_phase(tmp_path, first, stop):
+  options = dict(track_every=None, checkpoint_every=1)
+  with pytest.raises(KeyboardInterrupt):
+    fit(tmp_path / 'first', callbacks=[Stop(stop + 1)], **options, **first)
+  done = Steps()
+  for i, method in enumerate(METHODS):
+    workdir = shutil.copytree(tmp_path / 'first', tmp_path / str(i))
+    shared = fit(workdir, resume=True, callbacks=[done], **(options | method))
+    assert done.done.pop(0) == stop + 1
+    done.done.clear()
+    assert_same(shared, fit(**(options | method | {'checkpoint_every': None})))
+
+
+def test_what_is_no_dense_phase_is_not_shared(tmp_path):
+  options = dict(track_every=None, checkpoint_every=1)
+  dense = fit(tmp_path / 'dense', schedule=None, stop_at=10, **options)
+  assert int(dense.state.step) == 10
+  for method in METHODS[0], METHODS[2]:  # their first steps after it are done
+    with pytest.raises(ValueError, match='another run; different in its'):
+      fit(tmp_path / 'dense', resume=True, **(options | method))
+  fit(tmp_path / 'low', stop_at=10, **options)
+  for method in METHODS[1:]:
+    with pytest.raises(ValueError, match='another run; different in its'):
+      fit(tmp_path / 'low', resume=True, **(options | method))
+  # What is tracked is compared with what was measured of the layers.
+  fit(tmp_path / 'tracked', stop_at=5, track_every=2)
+  with pytest.raises(ValueError, match='in its schedule'):
+    fit(tmp_path / 'tracked', resume=True, track_every=2, **METHODS[1])
 
 
 def moved(old, new, layers):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 import contextlib
 import dataclasses
 import functools
+import math
 import time
 from typing import Any
 
@@ -780,7 +781,7 @@ class Run:
     Raises:
       ValueError: it is of another run; says what differs.
     """
-    snapshots.check_same(self._identity, manifest['run'])
+    snapshots.check_resumable(self._identity, manifest)
     params, bases = self._saved_shapes(manifest)
     state = dataclasses.replace(
       self.state,
@@ -817,7 +818,14 @@ class Run:
     return found
 
   def resume(self, step: int, arrays: PyTree, manifest: checkpoint.Manifest):
-    """Goes on from a snapshot, with the batches behind it."""
+    """Goes on from a snapshot, with the batches behind it.
+
+    Raises:
+      ValueError: it is of another run, and its steps are more than the dense
+        ones of this run.
+    """
+    if step > self._dense_steps():
+      snapshots.check_same(self._identity, manifest['run'])
     self._recorder.clock.add(manifest['seconds'])
     self._compilations = manifest['compilations']
     if hasattr(self._data, 'set_state'):
@@ -827,6 +835,12 @@ class Run:
         next(self._data, None)
     self._taken, self._next = manifest['batches'], None
     self.go_back(step, arrays, manifest)
+
+  def _dense_steps(self) -> float:
+    """Steps before the method does anything."""
+    if self._conversion is not None:
+      return self._conversion.step
+    return self._schedule.delay_steps if self._schedule else math.inf
 
   def go_back(self, step: int, arrays: PyTree, manifest: checkpoint.Manifest):
     """Takes a snapshot's state, and goes on with the batch that is next."""

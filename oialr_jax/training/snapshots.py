@@ -21,6 +21,8 @@ from oialr_jax.training import conversion as conversion_lib
 PyTree = Any
 
 _BYTES = 'base64'
+# What of an identity is of the method, and of no dense step.
+_OF_METHOD = 'layers', 'schedule', 'conversion'
 
 
 def identity(
@@ -76,6 +78,29 @@ def check_same(mine: Mapping[str, Any], theirs: Mapping[str, Any]):
         + '; '.join(found[:5])
         + ('; ...' if len(found) > 5 else '')
       )
+
+
+def check_resumable(mine: Mapping[str, Any], manifest: checkpoint.Manifest):
+  """Compares an identity with that of a snapshot, as far as it matters there.
+
+  As long as a run is dense it may go on by any method, or by none.
+
+  Args:
+    mine: identity of the run that is to go on.
+    manifest: of the snapshot.
+
+  Raises:
+    ValueError: they differ; says in what.
+  """
+  if is_dense(manifest):
+    mine = {k: v for k, v in mine.items() if k not in _OF_METHOD}
+  check_same(mine, manifest['run'])
+
+
+def is_dense(manifest: checkpoint.Manifest) -> bool:
+  """Whether nothing in a snapshot is of a method, or of its layers."""
+  of_method = 'ranks', 'converted', 'bases', 'tracked'
+  return not any(manifest.get(name) for name in of_method)
 
 
 def differing(
