@@ -113,6 +113,7 @@ def test_the_small_variant_trains_longer_steps_of_sigma():
     schedule = runs.arguments(method, config, steps)['schedule']
     assert schedule.delay_steps == steps // 3
     assert schedule.sigma_scale == 2
+    assert (schedule.rank or schedule.floor) == 0.45  # the same in the end
   assert recipe.model(config).embed_dim == 256
   assert config.methods == ('dense', 'oialr', 'svd_prune', 'fixed_rank')
   assert config.seeds == (0, 1, 2)
