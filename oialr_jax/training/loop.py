@@ -108,8 +108,9 @@ def fit(
       and one when the run is told to stop.
     keep: which checkpoints stay.
     resume: go on from the newest intact checkpoint of workdir, if there is one,
-      with the same devices or others. As long as a run is dense, it may go on
-      by another schedule or conversion: a copy of its workdir shares its steps.
+      with the same devices or others. As long as a run is dense and tracks no
+      layers, it may go on by another schedule or conversion: a copy of its
+      workdir shares its steps.
       Data that have `set_state` continue where they were, of others the batches
       of the steps that are done are read again. The same arguments give the
       same run as without the interruption, bit for bit on a CPU if compaction
