@@ -23,6 +23,8 @@ PyTree = Any
 _BYTES = 'base64'
 # What of an identity is of the method, and of no dense step.
 _OF_METHOD = 'layers', 'schedule', 'conversion'
+# What of a manifest is empty as long as nothing was done to layers, or measured.
+_SINCE_EVENTS = 'ranks', 'converted', 'bases', 'tracked'
 
 
 def identity(
@@ -92,15 +94,9 @@ def check_resumable(mine: Mapping[str, Any], manifest: checkpoint.Manifest):
   Raises:
     ValueError: they differ; says in what.
   """
-  if is_dense(manifest):
+  if not any(manifest.get(name) for name in _SINCE_EVENTS):
     mine = {k: v for k, v in mine.items() if k not in _OF_METHOD}
   check_same(mine, manifest['run'])
-
-
-def is_dense(manifest: checkpoint.Manifest) -> bool:
-  """Whether nothing in a snapshot is of a method, or of its layers."""
-  of_method = 'ranks', 'converted', 'bases', 'tracked'
-  return not any(manifest.get(name) for name in of_method)
 
 
 def differing(
