@@ -206,6 +206,13 @@ def test_accumulated_steps_are_split_likewise():
   assert_close(fit(place(4), accumulate=2, stop_at=25), plain)
 
 
+def test_what_is_evaluated_instead_is_split_likewise():
+  shrunk = lambda _, trained: jax.tree.map(lambda x: 0.9 * x, trained)
+  options = dict(eval_params=shrunk, stop_at=25)
+  found = fit(place(data=2, fsdp=4), **options)
+  assert evaluations(found) == evaluations(fit(place(1), **options))
+
+
 def test_the_flops_of_a_step_are_those_of_all_devices():
   flops = lambda count: fit(
     place(count), optimizer=optax.sgd(1e-3), schedule=None, stop_at=1

@@ -1,5 +1,6 @@
 """Tests of the trainer on a small network and random, learnable data."""
 
+import functools
 import itertools
 import json
 import pathlib
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from optax import contrib
 import pytest
 
 import oialr_jax as oialr
@@ -429,6 +431,34 @@ def test_evaluation_counts_every_example_once():
     ]
   )
   np.testing.assert_allclose(evaluations[-1]['accuracy'], whole.mean())
+
+
+def test_evaluations_take_the_iterate_that_the_optimiser_has_for_them():
+  """schedule_free's average, through all events, and not where it trains."""
+
+  def size(params, model_state, batch):
+    squares = [jnp.sum(x**2) for x in jax.tree.leaves(params)]
+    return {'size': jnp.full(len(batch['x']), sum(squares))}
+
+  run = functools.partial(
+    fit,
+    optimizer=contrib.schedule_free(optax.sgd(0.1), 0.1),
+    eval_fn=size,
+    eval_every=10,
+  )
+  eval_params = contrib.schedule_free_eval_params
+  result, plain = run(eval_params=eval_params), run()
+
+  params = result.params
+  average = eval_params(result.state.opt_state, oialr.trainable(params))
+  average = oialr.to_dense(oialr.with_trainable(params, average))
+  trained = oialr.to_dense(plain.params)
+  last = lambda found: found.select('eval')[-1]['size']
+  of = lambda dense: size(dense, {}, {'x': [0]})['size'][0]
+  np.testing.assert_allclose(last(result), of(average), rtol=1e-5)
+  np.testing.assert_allclose(last(plain), of(trained), rtol=1e-5)
+  assert abs(last(result) / last(plain) - 1) > 1e-4
+  np.testing.assert_array_equal(losses(result), losses(plain))
 
 
 @pytest.mark.parametrize('case', ['used up', 'all padding'])

@@ -48,6 +48,7 @@ def fit(
   eval_fn: steps_lib.EvalFn | None = None,
   eval_data: Callable[[], Iterable[PyTree]] | None = None,
   eval_every: int | None = None,
+  eval_params: steps_lib.EvalParams | None = None,
   track_every: int | None = None,
   track_more: run_lib.TrackFn | None = None,
   log_every: int = 50,
@@ -87,6 +88,9 @@ def fit(
     eval_fn: `(params, model_state, batch) -> metrics`, one number an example.
     eval_data: returns the batches of an evaluation; 'mask' 0 marks padding.
     eval_every: steps between evaluations; there is one at the end anyway.
+    eval_params: `(opt_state, trainable(params)) -> the same tree`, what is
+      evaluated in the place of what trains, where an optimiser has such, as by
+      `optax.contrib.schedule_free_eval_params`; the result has what trains.
     track_every: steps between measurements of every layer's stability, against
       the measurement before, which is in the checkpoints, too.
     track_more: `(old_params, params, layers) -> {name: {path: number}}`: what
@@ -200,6 +204,7 @@ def fit(
     layers=layers,
     eval_fn=eval_fn,
     eval_data=eval_data,
+    eval_params=eval_params,
     compaction=compaction,
     contraction=contraction,
     seed=seed,

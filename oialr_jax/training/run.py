@@ -118,6 +118,7 @@ class Run:
     layers,
     eval_fn,
     eval_data,
+    eval_params,
     compaction,
     contraction,
     seed,
@@ -141,7 +142,7 @@ class Run:
     self._schedule = schedule
     self._conversion, self._converted = conversion, False
     self._compaction = compaction
-    self._eval_data = eval_data
+    self._eval_data, self._eval_params = eval_data, eval_params
     self._next = self._fetch()
     if self._next is None:
       raise ValueError('data is empty: pass one batch for every step.')
@@ -697,12 +698,12 @@ class Run:
     if self._eval is None:
       return True
     self._settle()
-    sums, count = {}, 0
+    params, sums, count = self._evaluated(), {}, 0
     for batch in self._eval_data():
       if stop():
         return False
       batch = self._place.batch(self._place.padded(batch))
-      args = self.state.params, self.state.model_state, batch
+      args = params, self.state.model_state, batch
       with self._recorder.clock('compiling'):
         program = self._programs.get(
           ('eval', programs_lib.shapes(args)),
@@ -721,6 +722,22 @@ class Run:
     means = {k: v / count for k, v in sums.items()}
     self._recorder.record('eval', step, **means, examples=count)
     return True
+
+  def _evaluated(self) -> PyTree:
+    """The parameters that an evaluation takes."""
+    params = self.state.params
+    if self._eval_params is None:
+      return params
+    args = self.state.opt_state, transforms.trainable(params)
+    where = transforms.trainable(self._place.shardings(params))
+    pick = jax.jit(self._eval_params, out_shardings=where)
+    with self._recorder.clock('compiling'):
+      program = self._programs.get(
+        ('eval params', programs_lib.shapes(args)),
+        functools.partial(pick.lower, *args),
+      )
+    with self._recorder.clock('evaluating'):
+      return transforms.with_trainable(params, program(*args))
 
   # Checkpoints.
 

@@ -26,6 +26,8 @@ LossFn = Callable[
 ]
 # (params, model_state, batch) -> metrics, one number an example
 EvalFn = Callable[[PyTree, PyTree, Batch], Metrics]
+# (opt_state, trainable(params)) -> what is evaluated in its place
+EvalParams = Callable[[PyTree, PyTree], PyTree]
 
 
 @functools.partial(
