@@ -9,8 +9,8 @@ for a CPU: dense takes 2.4 hours on one core.
 Expected: as published, see above. Here dense training for a third of the epochs,
 by --config.steps=4800 in bfloat16, had 79.09 %; in `small` (seeds 0 to 2) dense had
 56.05 %, OIALR 54.64 % with 7.3 % trainable in 0.70 of dense's training time; OIALR
-as published 51.67 % with 19.8 % (seed 0), fixed_rank 55.01 % (seed 2), svd_prune
-51.24 % with 9.8 % (seeds 0 and 2; see BUILD_NOTES.md).
+as published 51.67 % with 19.8 % (seed 0), fixed_rank 54.79 %, svd_prune 51.36 %
+with 9.8 % (see BUILD_NOTES.md).
 
 The published configuration, configs/experiment/cifar10-minivit.yaml of the
 authors' repository, has epochs of 49 steps, the last of them smaller: here 48.
