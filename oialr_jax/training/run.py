@@ -729,12 +729,14 @@ class Run:
     if self._eval_params is None:
       return params
     args = self.state.opt_state, transforms.trainable(params)
-    where = transforms.trainable(self._place.shardings(params))
-    pick = jax.jit(self._eval_params, out_shardings=where)
+
+    def lower():
+      where = transforms.trainable(self._place.shardings(params))
+      return jax.jit(self._eval_params, out_shardings=where).lower(*args)
+
     with self._recorder.clock('compiling'):
       program = self._programs.get(
-        ('eval params', programs_lib.shapes(args)),
-        functools.partial(pick.lower, *args),
+        ('eval params', programs_lib.shapes(args)), lower
       )
     with self._recorder.clock('evaluating'):
       return transforms.with_trainable(params, program(*args))
