@@ -95,12 +95,13 @@ class Schedule:
     keep_first: keep the first layer full-rank, see `select`.
     keep_last: keep the last layer full-rank, see `select`.
     policy: what becomes of the optimiser's state, see `transport`.
-    basis_dtype: that bases are stored in, see `to_lowrank`; a name, such as
-      'bfloat16'.
+    basis_dtype: that bases are stored in, see `to_lowrank`, such as 'bfloat16';
+      kept as its name.
     lag: steps that an update is applied after it began, its SVDs being done on
       the host meanwhile. Ranks are then those of the step at which it began.
-    sigma_scale: of Sigma's steps, so that they do not shrink with its rank, see
-      `train_sigma`; None leaves them as the optimiser gives them, as published.
+    sigma_scale: of Sigma's steps, so that they do not shrink with its rank; None
+      leaves them as the optimiser gives them, as published. `fit` passes it on
+      to `train_sigma`, which is where a loop of one's own has to say it.
 
   Raises:
     ValueError: a value is out of range, or two contradict each other.
@@ -127,7 +128,7 @@ class Schedule:
   sigma_scale: float | None = None
 
   def __post_init__(self):
-    transforms.check_basis_dtype(self.basis_dtype)
+    self._make_plain()
     optimizer.check_sigma_scale(self.sigma_scale)
     if self.steps < 1:
       raise ValueError(f'steps={self.steps}: must be at least 1.')
@@ -238,6 +239,15 @@ class Schedule:
     """All events of the run, in order."""
     steps = range(self.delay_steps, self.steps, self.every)
     return tuple(e for e in map(self.event, steps) if e is not None)
+
+  def _make_plain(self):
+    """Makes NumPy's numbers and dtypes what a checkpoint's manifest can hold."""
+    transforms.check_basis_dtype(self.basis_dtype)
+    plain = {k: x.item() for k, x in vars(self).items() if hasattr(x, 'item')}
+    if self.basis_dtype is not None:
+      plain['basis_dtype'] = jnp.dtype(self.basis_dtype).name
+    for name, value in plain.items():
+      object.__setattr__(self, name, value)
 
   def _resolve(self, name: str) -> int:
     """A number of steps from an int of steps or a share of the run."""
@@ -420,6 +430,14 @@ class Plan:
   def converted(self) -> tuple[str, ...]:
     return tuple(layer.path for layer in self.converting)
 
+  @property
+  def ranks(self) -> dict[str, int]:
+    """What layers become low-rank with; of a fixed one, at most all they have."""
+    fits = lambda x: (
+      min(self.rank, x.max_rank) if _is_whole(self.rank) else self.rank
+    )
+    return {x.path: layers_lib.rank_of(x, fits(x)) for x in self.converting}
+
   @classmethod
   def of(
     cls,
@@ -564,7 +582,7 @@ def _converted(plan: Plan, params: PyTree):
     basis_dtype=plan.basis_dtype,
   )
   full = convert()
-  new = full if plan.rank is None else convert(rank=_fit(plan))
+  new = full if plan.rank is None else convert(rank=plan.ranks)
   return new, _sigmas(full, plan.converted)
 
 
@@ -610,14 +628,6 @@ def _compiles(options: dict[str, Any]) -> bool:
   except jax.errors.JaxRuntimeError:
     return False
   return True
-
-
-def _fit(plan: Plan) -> dict[str, int]:
-  """Fixed ranks; a layer that is smaller than the rank keeps all it has."""
-  fits = lambda x: (
-    min(plan.rank, x.max_rank) if _is_whole(plan.rank) else plan.rank
-  )
-  return {x.path: layers_lib.rank_of(x, fits(x)) for x in plan.converting}
 
 
 def _check_rank(rank: int | float):

@@ -59,19 +59,22 @@ def test_300_epochs_of_the_mini_vit_compile_at_most_twelve_times(factor):
   assert len(often) >= len(compiled)
 
 
-def test_a_rehearsal_compiles_as_the_run_does():
+@pytest.mark.parametrize(
+  'changes', [dict(cutoff=0.4), dict(cutoff=0.4, lag=3), dict(rank=14)]
+)
+def test_a_rehearsal_compiles_as_the_run_does(changes):
   net = training_test.Net()
-  result = training_test.fit(net)
-  params, _, loss, _, batches, _ = training_test.problem(net)
   schedule = oialr.Schedule(
-    steps=training_test.STEPS, delay=9, every=7, cutoff=0.4, progressive=1.0
+    steps=training_test.STEPS, delay=9, every=7, progressive=1.0, **changes
   )
+  result = training_test.fit(net, schedule)
+  params, _, loss, _, batches, _ = training_test.problem(net)
   after = {e['step']: e['ranks'] for e in result.select('event')}
   compiled = training.rehearse(
     params,
     result.layers,
     schedule,
-    ranks=lambda event, layer: after[event.step][layer.path],
+    ranks=lambda event, layer: after[event.due][layer.path],
     compaction=training.Compaction(min_saving=0, multiple_of=1),
   )
   assert len(compiled) == result.compilations

@@ -1,6 +1,7 @@
 """Runs that are interrupted at any moment end as if they had not been."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -9,6 +10,7 @@ import signal
 import threading
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -594,6 +596,22 @@ def test_a_run_that_begins_with_low_ranks_is_resumed(tmp_path):
   with pytest.raises(KeyboardInterrupt):
     run(tmp_path / 'twice', callbacks=[Stop(7)])
   assert_same(run(tmp_path / 'twice', resume=True), run(tmp_path / 'once'))
+
+
+@pytest.mark.parametrize(
+  'numbers',
+  [
+    dict(delay=np.int64(9), every=np.int32(7), lag=np.int64(2)),
+    dict(cutoff=np.float32(0.5), progressive=jnp.ones(())),
+    dict(basis_dtype=jnp.bfloat16),
+  ],
+)
+def test_numbers_and_dtypes_may_be_numpys(tmp_path, numbers):
+  schedule = oialr.Schedule(steps=STEPS, **(dict(delay=9, every=7) | numbers))
+  run = functools.partial(fit, schedule=schedule, seed=np.int64(3))
+  with pytest.raises(KeyboardInterrupt):
+    run(tmp_path, checkpoint_every=5, callbacks=[Stop(17)])
+  assert_same(run(tmp_path, resume=True), run())
 
 
 @pytest.fixture(scope='module')

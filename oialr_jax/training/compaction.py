@@ -133,9 +133,9 @@ def rehearse(
     if plan.converting:
       convert = functools.partial(transforms.to_lowrank, layers=layers)
       params = jax.eval_shape(
-        functools.partial(convert, rank=schedule.rank), params
+        functools.partial(convert, rank=plan.ranks), params
       )
-      live = {x.path: x.max_rank for x in layers}
+      live = plan.ranks
       compiled.append(event.step)
     live |= {x.path: ranks(event, x) for x in layers if x.path in plan.pruned}
     small = policy.target(
@@ -144,7 +144,7 @@ def rehearse(
       live,
       step_seconds=0.0,
       step_flops=None,
-      steps=schedule.steps - event.step,
+      steps=schedule.steps - event.due,
       compile_seconds=0.0,
     )
     if small:
@@ -155,7 +155,7 @@ def rehearse(
       params = transforms.replaced(
         params, {p: slice_(x, small[p]) for p, x in nodes.items()}
       )
-      compiled.append(event.step)
+      compiled.append(event.due)
   return tuple(dict.fromkeys(s for s in compiled if s < schedule.steps))
 
 

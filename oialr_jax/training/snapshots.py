@@ -50,14 +50,14 @@ def identity(
   converted = {}
   if conversion is not None:
     after = jax.eval_shape(lambda p: conversion.convert(p, layers), params)
-    converted = {'step': conversion.step, **shapes_of(after)}
+    converted = {'step': int(conversion.step), **shapes_of(after)}
   found = {
     'parameters': shapes_of(params),
     'layers': {x.path: [*x.matrix, x.stack] for x in layers},
     'schedule': dataclasses.asdict(schedule) if schedule else {},
     'conversion': converted,
     'optimiser': {'states': _states(jax.eval_shape(optimizer.init, params))},
-    'seed': {'seed': seed},
+    'seed': {'seed': int(seed)},
   }
   return json.loads(json.dumps(found))  # as it is read again: without tuples
 
