@@ -542,6 +542,17 @@ def test_kept_rank(live, max_drop, floor, kept):
   assert found.tolist() == [kept]
 
 
+def test_the_floor_is_the_share_that_it_says():
+  """Of 100 directions 0.29 are 29, where floats have 28.999999999999996."""
+  layer = kernels.layer('kernel', (100, 100), (0,), (1,))
+  values = np.geomspace(1, 1e-9, 100)
+  params = {
+    'kernel': kernels.node(layer, np.eye(100), np.diag(values), np.eye(100))
+  }
+  pruned = oialr.prune_sigma(params, cutoff=0.5, max_drop=1.0, floor=0.29)
+  assert oialr.ranks(pruned) == {'kernel': 29}
+
+
 @pytest.mark.parametrize('multiple_of', [1, 2, 8])
 def test_compact_keeps_the_function(states, dtype, multiple_of):
   before = states['pruned_trained']
