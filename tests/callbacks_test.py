@@ -219,6 +219,16 @@ def test_early_stopping_counts_what_is_worse_than_the_best():
     training.EarlyStopping('val', 0)
 
 
+def test_early_stopping_takes_what_is_not_finite_for_worse():
+  stopping = training.EarlyStopping('val', 3)
+  stopping.on_start(training.Start(steps=60))
+  values = 2.0, np.nan, 2.5
+  for i, value in enumerate(values):
+    stopping.on_evaluation({'kind': 'eval', 'step': i, 'val': value})
+  with pytest.raises(training.Stop):
+    stopping.on_evaluation({'kind': 'eval', 'step': 3, 'val': np.nan})
+
+
 @pytest.mark.parametrize('wrong', [Spy, print])
 def test_what_is_no_callback_is_refused(wrong):
   with pytest.raises(TypeError, match='is not a callback: pass an instance'):

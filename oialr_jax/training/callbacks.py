@@ -75,11 +75,12 @@ class Callback:
 
 
 class EarlyStopping(Callback):
-  """Ends a run when a metric of its evaluations does not get better.
+  """Ends a run when a metric of its evaluations stays worse than it was.
 
   Args:
     metric: that is to fall.
-    patience: evaluations in a row that are worse than the best before them.
+    patience: evaluations in a row that are worse than the best before them, as
+      NaN always is; an equal one is not.
 
   Raises:
     ValueError: patience is not positive.
@@ -101,8 +102,10 @@ class EarlyStopping(Callback):
 
   def on_evaluation(self, record: Record):
     value = record[self._metric]
-    self._worse = self._worse + 1 if value > self._best else 0
-    self._best = min(value, self._best)
+    if value <= self._best:
+      self._best, self._worse = value, 0
+    else:
+      self._worse += 1
     if self._worse >= self._patience:
       raise Stop(
         f'{self._metric} did not improve in {self._patience} evaluations'
