@@ -139,6 +139,23 @@ def test_moments_begin_anew_and_the_rate_goes_on():
     np.testing.assert_array_equal(x, 0)
 
 
+def test_iterates_of_what_was_converted_begin_anew():
+  """A Sigma of full rank has the kernel's shape, and not its coordinates."""
+  rng = np.random.default_rng(0)
+  kernel = jnp.asarray(rng.normal(size=(8, 8)), jnp.float32)
+  params = {'w': kernel, 'b': jnp.ones(8)}
+  layer = oialr.Layer('w', (8, 8), (0,), (1,))
+  tx = oialr.train_sigma(optax.contrib.schedule_free_sgd(0.1))
+  _, opt_state = tx.update(params, tx.init(params), params)
+  state = training.TrainState(jnp.int32(1), params, opt_state, {})
+  new, _ = conversion(convert=oialr.to_lowrank).apply(
+    state, layers=[layer], tx=tx
+  )
+  np.testing.assert_array_equal(new.opt_state.z['w'], new.params['w'].s)
+  np.testing.assert_array_equal(new.opt_state.z['b'], opt_state.z['b'])
+  assert np.any(opt_state.z['b'] != params['b'])
+
+
 def test_what_is_not_factored_has_lost_nothing():
   old = {'a': jnp.ones((4, 4)), 'b': jnp.ones((4, 4))}
   layer = oialr.Layer('a', (4, 4), (0,), (1,))

@@ -34,7 +34,8 @@ class Conversion:
       training.fit(..., conversion=training.Conversion(step=500, convert=cut))
 
   The optimiser begins anew, with moments of zero, and with it the count of its
-  bias correction; the schedule of its rate goes on.
+  bias correction; the schedule of its rate goes on, and so do iterates that it
+  keeps of parameters that `convert` returns as they are.
 
   Attributes:
     step: optimiser steps before it: 0 for none.
@@ -91,12 +92,27 @@ def _restarted(
     opt_state, old, old, policy=optimizer_lib.RESET
   )
   kept = tree.flatten(reset)  # such as the steps that a schedule has counted
+  before = tree.flatten(old, lowrank.is_factored)
+  # What is kept of a parameter, such as an iterate, is in its coordinates, and
+  # a Sigma of full rank may have the kernel's shape.
+  changed = tuple(
+    f'/{path}'
+    for path, x in tree.flatten(new, lowrank.is_factored).items()
+    if not _is_same(x, before.get(path))
+  )
 
   def pick(path, x):
     same = path in kept and kept[path].shape == x.shape
-    return kept[path] if same else x
+    return kept[path] if same and not path.endswith(changed) else x
 
   return tree.map_with_path(pick, tx.init(new))
+
+
+def _is_same(one: Any, other: Any) -> bool:
+  """Whether two leaves are of the same arrays."""
+  return list(map(id, jax.tree.leaves(one))) == list(
+    map(id, jax.tree.leaves(other))
+  )
 
 
 def _lost(old: PyTree, new: PyTree) -> dict[str, Array]:
