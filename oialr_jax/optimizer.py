@@ -184,6 +184,10 @@ def register_rule(state_type: type, **fields: str):
 
 _RULES: dict[type, Mapping[str, str]] = {}
 _MOMENTS = {'count': COUNTER, 'mu': LINEAR, 'nu': QUADRATIC}
+# With bias correction it has a state of its own, whose class is not public. That
+# of `scale_by_stddev` has no rule: its variance is nu - mu^2 / (1 - decay^count),
+# and the state does not know the decay.
+_CORRECTED_RMS = type(optax.scale_by_rms(bias_correction=True).init(()))
 
 for _type, _fields in {
   # `optax.adamax` shares this class; its nu is a maximum, for which the
@@ -194,6 +198,7 @@ for _type, _fields in {
   optax.ScaleByLionState: {'count': COUNTER, 'mu': LINEAR},
   optax.ScaleByRmsState: {'nu': QUADRATIC},
   optax.ScaleByRStdDevState: {'mu': LINEAR, 'nu': CENTRED},
+  _CORRECTED_RMS: {'count': COUNTER, 'nu': QUADRATIC},
   optax.ScaleByRssState: {'sum_of_squares': QUADRATIC},
   optax.ScaleByAdaDeltaState: {'e_g': QUADRATIC, 'e_x': QUADRATIC},
   optax.ScaleByAdanState: {

@@ -592,6 +592,7 @@ CHAINS = {
   'lion': lambda: optax.lion(0.1),
   'rmsprop': lambda: optax.rmsprop(0.1),
   'rmsprop_centred': lambda: optax.rmsprop(0.1, centered=True),
+  'rmsprop_corrected': lambda: optax.rmsprop(0.1, bias_correction=True),
   'rmsprop_momentum': lambda: optax.rmsprop(0.1, momentum=0.9),
   'adagrad': lambda: optax.adagrad(0.1),
   'adadelta': lambda: optax.adadelta(0.1),
