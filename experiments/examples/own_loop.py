@@ -31,7 +31,7 @@ def step(params, opt_state):
 
   t = oialr.trainable(params)  # Sigma, biases, dense kernels
   value, grads = jax.value_and_grad(loss)(t)
-  updates, opt_state = tx.update(grads, opt_state, t)
+  updates, opt_state = tx.update(grads, opt_state, params)
   new = oialr.with_trainable(params, optax.apply_updates(t, updates))
   return new, opt_state, value
 
