@@ -593,6 +593,65 @@ def test_metrics_are_one_number_an_example():
     step({}, {}, batch)
 
 
+@pytest.mark.parametrize('name', ['step', 'examples'])
+def test_no_metric_of_an_evaluation_takes_the_place_of_another(name):
+  step = training.eval_step(lambda p, s, b: {name: b['x']})
+  with pytest.raises(ValueError, match=f'the metric {name!r} of eval_fn has'):
+    step({}, {}, {'x': jnp.ones(8)})
+
+
+@pytest.mark.parametrize('eval_every', [None, 10])
+def test_an_evaluation_that_fails_costs_no_step(tmp_path, eval_every):
+  mean = lambda params, model_state, batch: {'y': jnp.mean(batch['y'])}
+  options = dict(workdir=tmp_path, eval_every=eval_every)
+  with pytest.raises(ValueError, match='must be one number an example'):
+    fit(eval_fn=mean, **options)
+  result = fit(resume=True, **options)
+  np.testing.assert_array_equal(losses(result), losses(fit()))
+  assert result.select('eval')[0]['step'] == (eval_every or STEPS)
+
+
+def test_means_are_not_taken_in_low_precision():
+  """NumPy would add bfloat16 up in bfloat16, where 256 + 1 is 256."""
+
+  def loss(params, model_state, batch, key):
+    del key
+    found = {'ones': jnp.ones((), jnp.bfloat16)}
+    return jnp.mean(batch['x'] @ params['w']), (model_state, found)
+
+  result = training.fit(
+    loss,
+    {'w': jnp.ones((3, 1))},
+    ({'x': np.ones((8, 3), np.float32)} for _ in range(300)),
+    optimizer=optax.sgd(1e-6),
+    steps=300,
+    log_every=300,
+  )
+  assert result.select('train')[0]['ones'] == 1
+  batch = {'x': jnp.full(1000, 100.0)}
+  for dtype in (jnp.float16, jnp.bfloat16):
+    step = training.eval_step(lambda p, s, b: {'x': b['x'].astype(dtype)})  # noqa: B023
+    sums, count = step({}, {}, batch)
+    assert sums['x'] / count == 100
+
+
+def test_what_is_pruned_at_first_is_sliced_in_the_end():
+  params, _, loss, _, batches, _ = problem(Net())
+  example = next(batches()), jax.random.key(0)
+  layers = oialr.select(oialr.find_layers(loss, params, {}, *example))
+  low = oialr.prune_sigma(oialr.to_lowrank(params, layers), cutoff=0.5)
+  options = dict(optimizer=optax.adam(1e-3), steps=3)
+  result = training.fit(loss, low, batches(), **options)
+  live = oialr.ranks(low)
+  assert max(live.values()) < 12
+  for name in ('first', 'second'):
+    assert result.params[name]['kernel'].rank == live[f'{name}/kernel']
+  (end,) = result.select('end')
+  assert end['trainable'] == oialr.count(result.params).trainable
+  small = training.fit(loss, oialr.compact(low), batches(), **options)
+  np.testing.assert_allclose(losses(result), losses(small), rtol=1e-5)
+
+
 def test_a_batch_that_differs_is_named():
   *_, batches, _ = problem(Net())
   cut = lambda i, b: {**b, 'x': b['x'][:5]} if i == 12 else b
@@ -644,6 +703,57 @@ def test_accumulated_steps_are_steps_of_the_whole_batch(accumulate):
   whole, parts = fit(), fit(accumulate=accumulate)
   np.testing.assert_allclose(losses(parts), losses(whole), rtol=1e-4)
   assert oialr.ranks(parts.params) == oialr.ranks(whole.params)
+
+
+def test_accumulating_keeps_one_sum_of_gradients():
+  params = {'a': jnp.ones((256, 256)), 'b': jnp.ones((256, 1))}
+
+  def loss(params, model_state, batch, key):
+    del key
+    x = jnp.tanh(batch['x'] @ params['a'])
+    return jnp.mean((x @ params['b']) ** 2), (model_state, {})
+
+  def temporary(accumulate):
+    tx = oialr.train_sigma(optax.sgd(0.1))
+    step = training.train_step(loss, tx, accumulate=accumulate)
+    state = training.TrainState(
+      jnp.zeros((), jnp.int32), params, tx.init(params), {}
+    )
+    batch = {'x': jnp.ones((accumulate, 256))}
+    lowered = jax.jit(step).lower(state, batch, jax.random.key(0))
+    return lowered.compile().memory_analysis().temp_size_in_bytes
+
+  assert temporary(32) < temporary(4) + params['a'].nbytes
+
+
+def test_gradients_in_low_precision_are_accumulated_in_float32():
+  params = {'w': jnp.ones((4, 1), jnp.bfloat16)}
+
+  def loss(params, model_state, batch, key):
+    del key
+    return jnp.mean(batch['x'] @ params['w']), (model_state, {})
+
+  tx = oialr.train_sigma(optax.sgd(1.0))
+  step = training.train_step(loss, tx, accumulate=512)
+  state = training.TrainState(
+    jnp.zeros((), jnp.int32), params, tx.init(params), {}
+  )
+  batch = {'x': jnp.ones((512, 4), jnp.bfloat16)}
+  state, _ = jax.jit(step)(state, batch, jax.random.key(0))
+  np.testing.assert_array_equal(state.params['w'], 0)
+  assert state.params['w'].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize('accumulate', [1, 2])
+def test_optimisers_that_ask_for_the_loss_get_it(accumulate):
+  """A rate that falls when the loss does not."""
+  tx = optax.chain(
+    optax.sgd(1e-30), contrib.reduce_on_plateau(patience=2, factor=0.5)
+  )
+  result = fit(optimizer=tx, accumulate=accumulate)
+  plateau = result.state.opt_state[-1]
+  assert plateau.scale < 1
+  assert 0 < plateau.best_value <= losses(result).min() + 1e-6
 
 
 def test_the_flops_of_a_step_are_those_of_all_its_parts():

@@ -76,9 +76,11 @@ def fit(
     params: parameters to start from; dense, as a rule. Low-rank ones stay so,
       and updates take them in.
     data: batches, one a step.
-    optimizer: any Optax chain; it is wrapped by `train_sigma`.
+    optimizer: any Optax chain; it is wrapped by `train_sigma`. What asks for
+      `value`, such as `optax.contrib.reduce_on_plateau`, gets the loss.
     steps: optimiser steps of the whole run.
-    stop_at: stop after this many of them, with nothing else changed.
+    stop_at: end after this many of them, as after the last one, with nothing
+      else changed; the run may go on from there.
     schedule: of OIALR; None trains dense.
     conversion: what another method does once; in the place of a schedule.
     layers: for the method; by default those that `find_layers` finds in loss_fn
@@ -130,8 +132,8 @@ def fit(
   Raises:
     ValueError: an argument is out of range, data ends early, the checkpoint is
       of another run (says what differs) or of a later step, no checkpoint is
-      intact, an evaluation has no example, a metric of loss_fn is called like
-      something else in the records.
+      intact, an evaluation has no example, a metric is called like something
+      else in the records. Where an evaluation fails, the run has saved.
     TypeError: the state of data cannot be saved; a callback is none.
     FloatingPointError: the loss is not finite (with the step), and there is no
       rollback left.
@@ -358,7 +360,14 @@ class _Loop:
     return bool(start) and due and not self.recorder.at('eval', start)
 
   def _evaluate(self, done: int):
-    if not self.run.evaluate(done, self.watch.is_told):
+    try:
+      whole = self.run.evaluate(done, self.watch.is_told)
+    except Exception:
+      # An eval_fn that is wrong, say, which is compiled but now, costs no step.
+      if jax.process_count() == 1:  # else the others may be elsewhere
+        self._save(done)
+      raise
+    if not whole:
       self._interrupt(done, self.watch.reason(done))
 
   def _interrupt(self, done: int, reason: str):

@@ -13,16 +13,19 @@ from oialr_jax.training import callbacks as callbacks_lib
 
 Record = callbacks_lib.Record
 
-# Of a 'train' record, what no metric may be called.
+# By whose metrics, what is in a record besides, which no metric may be called.
 _OWN = {
-  'kind',
-  'step',
-  'loss',
-  'losses',
-  'seconds',
-  'examples_per_second',
-  'flops',
-  'optimizer_bytes',
+  'loss_fn': {
+    'kind',
+    'step',
+    'loss',
+    'losses',
+    'seconds',
+    'examples_per_second',
+    'flops',
+    'optimizer_bytes',
+  },
+  'eval_fn': {'kind', 'step', 'examples'},
 }
 # Who hears of what kind, besides on_record.
 _HEARS = {'event': 'on_event', 'eval': 'on_evaluation'}
@@ -140,7 +143,8 @@ class Recorder:
           'Lower the learning rate or clip the gradients.'
         )
     names = read[0][1]
-    means = {k: float(np.mean([m[k] for _, m in read])) for k in names}
+    # Of doubles: NumPy would add bfloat16 up in bfloat16.
+    means = {k: float(np.mean([float(m[k]) for _, m in read])) for k in names}
     check_names(names.keys() - {'loss'})
     self.record(
       'train',
@@ -173,13 +177,13 @@ class Recorder:
         self.stopped = e
 
 
-def check_names(metrics: Iterable[str]):
-  """Raises ValueError if a metric of a loss has a name of the records."""
-  taken = sorted(_OWN.intersection(metrics))
+def check_names(metrics: Iterable[str], function: str = 'loss_fn'):
+  """Raises ValueError if a metric of a function has a name of its records."""
+  taken = sorted(_OWN[function].intersection(metrics))
   if taken:
     raise ValueError(
-      f'the metric {taken[0]!r} of loss_fn has the name of something else in '
-      'the records: give it another.'
+      f'the metric {taken[0]!r} of {function} has the name of something else '
+      'in the records: give it another.'
     )
 
 

@@ -188,7 +188,7 @@ class Run:
     self._bases = None
     self._tracked: _Tracked | None = None
     # Of the low-rank leaves, after the last event.
-    self._ranks = _buffer_ranks(params)
+    self._ranks = transforms.compact_ranks(self.state.params)
     self._compilations = 0
     self._since = 0, 0.0  # of this program: the step, and the training clock
     # Of the program before: seconds a step, and seconds to compile it.

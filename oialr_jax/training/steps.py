@@ -69,7 +69,7 @@ def train_step(
 
   Args:
     loss_fn: written for dense parameters; it is evaluated with the factors.
-    tx: from `train_sigma`.
+    tx: from `train_sigma`; its `update` is given the loss as `value`.
     contraction: see `factored`.
     accumulate: parts that a batch is cut into, one after the other: the step is
       that of the means of their losses and gradients. What the model carries
@@ -86,6 +86,7 @@ def train_step(
   """
   if accumulate < 1:
     raise ValueError(f'accumulate={accumulate}: must be at least 1.')
+  tx = optax.with_extra_args_support(tx)
   loss_fn = factored(loss_fn, contraction=contraction, shards=shards)
   if gather is not None:
     whole = loss_fn
@@ -106,12 +107,21 @@ def train_step(
     return model_state, (grads, {'loss': loss, **metrics})
 
   def accumulated(state: TrainState, batch: Batch, key: Array):
-    def one(model_state, part):
-      return gradients(state, model_state, part[0], part[1])
+    def one(carry, part):
+      model_state, sums = carry
+      found = gradients(state, model_state, part[0], part[1])
+      model_state, (grads, metrics) = found
+      return (model_state, jax.tree.map(jnp.add, sums, grads)), metrics
 
     parts = _parts(batch, accumulate), jax.random.split(key, accumulate)
-    model_state, found = jax.lax.scan(one, state.model_state, parts)
-    return model_state, jax.tree.map(lambda x: jnp.mean(x, axis=0), found)
+    like = transforms.trainable(state.params)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, _wide(x.dtype)), like)
+    init = state.model_state, zeros
+    (model_state, sums), metrics = jax.lax.scan(one, init, parts)
+    mean = lambda total, x: (total / accumulate).astype(x.dtype)
+    grads = jax.tree.map(mean, sums, like)
+    metrics = jax.tree.map(lambda x: jnp.mean(x, axis=0), metrics)
+    return model_state, (grads, metrics)
 
   def step(state: TrainState, batch: Batch, key: Array):
     key = jax.random.fold_in(key, state.step)
@@ -120,7 +130,9 @@ def train_step(
     else:
       found = accumulated(state, batch, key)
     model_state, (grads, metrics) = found
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    updates, opt_state = tx.update(
+      grads, state.opt_state, state.params, value=metrics['loss']
+    )
     new = optax.apply_updates(transforms.trainable(state.params), updates)
     state = TrainState(
       step=state.step + 1,
@@ -160,12 +172,14 @@ def eval_step(
   Examples whose `batch['mask']` is 0 are padding: they count as none.
 
   Raises:
-    ValueError: a metric is not one number an example.
+    ValueError: a metric is not one number an example, or has the name of
+      something else in the records.
   """
   eval_fn = factored(eval_fn, contraction=contraction, shards=shards)
 
   def step(params: PyTree, model_state: PyTree, batch: Batch):
     metrics = eval_fn(params, model_state, batch)
+    recorder.check_names(metrics, 'eval_fn')
     for name, values in metrics.items():
       if jnp.ndim(values) != 1:
         raise ValueError(
@@ -175,8 +189,8 @@ def eval_step(
     mask = batch.get('mask') if isinstance(batch, Mapping) else None
     if mask is None:
       mask = jnp.ones(next(iter(metrics.values())).shape[:1])
-    sums = {k: jnp.sum(jnp.where(mask > 0, v, 0)) for k, v in metrics.items()}
-    return sums, jnp.sum(mask > 0)
+    total = lambda v: jnp.sum(jnp.where(mask > 0, v, 0), dtype=_wide(v.dtype))
+    return {k: total(v) for k, v in metrics.items()}, jnp.sum(mask > 0)
 
   return step
 
@@ -208,6 +222,11 @@ def _parts(batch: Batch, count: int) -> Batch:
     return jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0)
 
   return tree.map_with_path(cut, batch)
+
+
+def _wide(dtype: jnp.dtype) -> jnp.dtype:
+  """Where sums of many are taken."""
+  return jnp.promote_types(dtype, jnp.float32)
 
 
 def _policy(remat: bool | Callable[..., Any]) -> Callable[..., Any]:
