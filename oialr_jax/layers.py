@@ -132,7 +132,10 @@ def find_layers(
 ) -> tuple[Layer, ...]:
   """Finds the kernels of `fn(params, *args, **kwargs)` that can be low-rank.
 
-  Nothing is computed: `jax.ShapeDtypeStruct`s do in the place of arrays.
+  Nothing is computed: `jax.ShapeDtypeStruct`s do in the place of arrays. A kernel
+  is eligible if it is used in products, always of the same axes. It may be summed
+  up besides, each entry by itself, as in a penalty or a norm that is logged; for
+  that `factored` multiplies it out.
 
   Args:
     fn: any JAX function whose first argument holds the parameters.
@@ -319,16 +322,26 @@ def _aspect(layer: Layer) -> float:
   return max(layer.matrix) / min(layer.matrix)
 
 
+# What changes entries each by itself; what wants a kernel as it is.
+_ENTRYWISE = frozenset(
+  'abs add div integer_pow max min mul neg sign sqrt square sub'.split()
+)
+_PRODUCTS = frozenset(['dot_general', 'conv_general_dilated', 'scan', 'cond'])
+
+
 @dataclasses.dataclass(frozen=True)
 class _Kernel:
   """A parameter on its way through the program.
 
-  `through` names the equation that it has come out of multiplied out.
+  `through` names the equation that it has come out of multiplied out, `entries`
+  one that has changed its entries, each by itself: it may be summed up then, as
+  in a penalty, and no more.
   """
 
   path: Hashable
   view: views.View
   through: str = ''
+  entries: str = ''
 
 
 @dataclasses.dataclass(frozen=True)
@@ -372,18 +385,20 @@ def read(
     fn, (params, *args), kwargs, lowrank.is_factored
   )
   kernels = dict(enumerate(shapes))  # the leaves of params come first
-  found = uses(
+  reader = _reader(
     jaxpr,
     [
       (kernels[i], views.View.of(x.shape)) if i in kernels else None
       for i, x in dynamic.items()
     ],
   )
+  found = reader.uses
   matrices, reasons = {}, {}
   for path, leaf in shapes.items():
     if getattr(leaf, 'ndim', 0) < 2:
       continue
-    layer = _judge(path, leaf, found.get(path, []))
+    unused = reader.summed.get(path, 'not used by the function')
+    layer = _judge(path, leaf, found.get(path, []), unused)
     if isinstance(layer, str):
       reasons[path] = layer
       continue
@@ -404,18 +419,22 @@ def uses(
 ) -> dict[Hashable, list[Use]]:
   """What a program does with its operands, by their names, in order of use.
 
-  Operands without a name are no kernels.
+  Operands without a name are no kernels. Sums over a kernel are no uses.
   """
+  return _reader(jaxpr, operands).uses
+
+
+def _reader(jaxpr: jex.ClosedJaxpr, operands) -> '_Reader':
   reader = _Reader()
   for out in reader.read(jaxpr, [x and _Kernel(*x) for x in operands]):
     reader.other(out, 'it is returned as it is')
-  return reader.uses
+  return reader
 
 
-def _judge(path: str, leaf: Any, uses: list[Use]) -> Layer | str:
+def _judge(path: str, leaf: Any, uses: list[Use], unused: str) -> Layer | str:
   """The layer that these uses make of a kernel, or why there is none."""
   if not uses:
-    return 'not used by the function'
+    return unused
   if not jnp.issubdtype(leaf.dtype, jnp.floating):
     return f'dtype {leaf.dtype} is not real floating point'
   for use in uses:
@@ -454,6 +473,7 @@ class _Reader:
 
   def __init__(self):
     self.uses: dict[Hashable, list[Use]] = {}
+    self.summed: dict[Hashable, str] = {}  # by what
     self._repeats = 1
     self._within = ''
 
@@ -463,6 +483,8 @@ class _Reader:
 
   def other(self, kernel: _Kernel | None, why_not: str):
     if isinstance(kernel, _Kernel):
+      if kernel.entries:
+        why_not = f'consumed by {kernel.entries}'
       self._record(kernel, Use('', None, 0, why_not))
 
   def _record(self, kernel: _Kernel, use: Use):
@@ -487,6 +509,10 @@ class _Reader:
       out = self.read(program, operands)
       self._within = outer
       return _through(name, out)
+    if name in _PRODUCTS:
+      operands = [self._whole(x) for x in operands]
+      if not any(operands):
+        return nothing
     if name == 'scan':
       return self._scan(eqn, operands)
     if name == 'cond':
@@ -500,14 +526,30 @@ class _Reader:
     return self._follow(eqn, operands)
 
   def _follow(self, eqn, operands) -> list:
-    out = [None] * len(eqn.outvars)
-    for kernel in filter(None, operands):
+    out, name = [None] * len(eqn.outvars), eqn.primitive.name
+    kernels = [x for x in operands if x is not None]
+    alone = len({kernel.path for kernel in kernels}) == 1
+    for kernel in kernels:
       view = views.follow(kernel.view, eqn)
-      if view is None:
-        self.other(kernel, f'consumed by {eqn.primitive.name}')
-      else:
+      if view is not None:
         out[0] = dataclasses.replace(kernel, view=view)
+      elif alone and _is_entrywise(eqn, kernel):
+        out[0] = dataclasses.replace(kernel, entries=kernel.entries or name)
+      elif name.startswith('reduce_'):
+        self._sum(kernel, name)
+      else:
+        self.other(kernel, f'consumed by {name}')
     return out
+
+  def _whole(self, kernel: _Kernel | None) -> _Kernel | None:
+    """The kernel, unless its entries have been changed."""
+    if kernel is None or not kernel.entries:
+      return kernel
+    self.other(kernel, '')
+    return None
+
+  def _sum(self, kernel: _Kernel, name: str):
+    self.summed.setdefault(kernel.path, f'consumed by {kernel.entries or name}')
 
   def _scan(self, eqn, operands) -> list:
     body, consts, carry = jaxprs.scanned(eqn)
@@ -537,6 +579,10 @@ class _Reader:
   def _dot(self, eqn, operands):
     contract, batch = eqn.params['dimension_numbers']
     if all(operands):
+      one, other = operands
+      if one.path == other.path and not eqn.outvars[0].aval.shape:
+        self._sum(one, 'dot_general')  # such as of its squares
+        return
       for kernel in operands:
         self.other(kernel, 'multiplied with another parameter')
       return
@@ -605,6 +651,11 @@ class _Reader:
       precision=eqn.params['precision'],
     )
     self._record(kernel, use)
+
+
+def _is_entrywise(eqn: jex.JaxprEqn, kernel: _Kernel) -> bool:
+  same_shape = eqn.outvars[0].aval.shape == kernel.view.shape
+  return eqn.primitive.name in _ENTRYWISE and same_shape
 
 
 def _through(name: str, out: list) -> list:

@@ -4,11 +4,13 @@ import dataclasses
 import math
 import re
 
+from flax import nnx
 import flax.linen as nn
 import jax
 from jax import lax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import oialr_jax as oialr
@@ -422,6 +424,89 @@ def test_ranks_of_layers():
   ):
     with pytest.raises(error, match=message):
       of(rank)
+
+
+def test_modules_that_change_their_own_state():
+  """The recipe of README.md, with what it is for: keys and statistics."""
+
+  class Net(nnx.Module):
+    def __init__(self, rngs):
+      self.first = nnx.Linear(8, 9, rngs=rngs)
+      self.norm = nnx.BatchNorm(9, rngs=rngs)
+      self.drop = nnx.Dropout(0.1, rngs=rngs)
+      self.head = nnx.Linear(9, 7, rngs=rngs)
+
+    def __call__(self, x):
+      return self.head(self.drop(nnx.relu(self.norm(self.first(x)))))
+
+  graph, params, rest = nnx.split(Net(nnx.Rngs(0)), nnx.Param, ...)
+  apply = lambda params, x: nnx.merge(graph, params, rest, copy=True)(x)
+  x = programs.normal(5, 8)
+  layers = oialr.find_layers(apply, params, x)
+  assert [layer.path.split('/')[0] for layer in layers] == ['first', 'head']
+  low = oialr.to_lowrank(params, layers)
+  found = jax.jit(oialr.factored(apply))(low, x)
+  np.testing.assert_allclose(found, apply(params, x), rtol=1e-4, atol=1e-5)
+
+
+# What is summed up besides, as in a penalty.
+
+_PENALTIES = {
+  'squares': lambda w: jnp.sum(w**2),
+  'product': lambda w: jnp.sum(w * w),
+  'absolutes': lambda w: jnp.abs(w).sum(),
+  'vdot': lambda w: jnp.vdot(w, w),
+  'norm': jnp.linalg.norm,
+  'of_columns': lambda w: jnp.sqrt(jnp.sum(jnp.square(w), axis=0)).sum(),
+  'from_ones': lambda w: jnp.sum(0.5 * (w.T - jnp.ones_like(w.T)) ** 2),
+  'largest': lambda w: jnp.max(jnp.abs(w)),
+  'under_jit': jax.jit(optax.tree.norm),
+}
+
+
+@pytest.mark.parametrize('penalty', _PENALTIES.values(), ids=_PENALTIES)
+def test_kernels_may_be_summed_up_besides(penalty):
+  """The penalty comes first, and last the kernel whose product comes first."""
+
+  def loss(p, x):
+    other = penalty(p['a']) + penalty(p['b'])
+    return jnp.mean(jnp.tanh(x @ p['b']) @ p['a']) + 0.1 * other
+
+  params = {
+    'a': programs.normal(9, 8, seed=1),
+    'b': programs.normal(8, 9, seed=2),
+  }
+  x = programs.normal(5, 8)
+  layers = oialr.find_layers(loss, params, x)
+  assert layers == (
+    programs.dot('b', (8, 9), (0,), (1,), 5),
+    programs.dot('a', (9, 8), (0,), (1,), 5, order=1),
+  )
+  low = oialr.to_lowrank(params, layers, rank=3)
+  gradient = jax.grad(
+    lambda t: oialr.factored(loss)(oialr.with_trainable(low, t), x)
+  )(oialr.trainable(low))
+  dense = jax.grad(loss)(oialr.to_dense(low), x)
+  for path, node in low.items():
+    expected = node.u.T @ dense[path] @ node.vt.T
+    np.testing.assert_allclose(gradient[path], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ('fn', 'why'),
+  [
+    (lambda p, x: jnp.sum(p['w'] ** 2), 'consumed by integer_pow'),
+    (lambda p, x: jnp.sum(p['w']), 'consumed by reduce_sum'),
+    (lambda p, x: x @ p['w'] ** 2, 'consumed by integer_pow'),
+    (lambda p, x: (x @ p['w'], p['w'] ** 2), 'consumed by integer_pow'),
+    (lambda p, x: (x @ p['w'], jnp.tanh(1 + p['w'])), 'consumed by add'),
+    (lambda p, x: (x @ p['w'], p['w'] @ p['w'].T), 'multiplied with another'),
+  ],
+)
+def test_kernels_are_no_layers_where_more_becomes_of_them(fn, why):
+  found = oialr.explain(fn, programs.shapes(w=(8, 8)), programs.normal(5, 8))
+  assert not found.layers
+  assert found.reasons['w'].startswith(why)
 
 
 # Bad input.
