@@ -13,6 +13,7 @@ experiments/configs/ett_autoformer.py.
 
 from collections.abc import Iterable, Sequence
 import itertools
+import math
 import statistics
 
 import optax
@@ -59,6 +60,7 @@ def main(config: Config, options: cli.Options):
   try:
     for name, horizon, seed, method in grid:
       row = rows.find(name, horizon, method, seed)
+      _check_patience(row, config)
       if row is None or any(row[key] != config[key] for key in _LENGTH):
         rows.add(_run(config, options, name, horizon, method, seed))
   finally:
@@ -157,6 +159,16 @@ def _run(
     'epochs': epochs,
     **runs.machine(),
   }
+
+
+def _check_patience(row: Row | None, config: Config):
+  """A run goes on with more patience, and has not stopped with less."""
+  patience_of = lambda settings: settings['patience'] or math.inf
+  if row is not None and patience_of(config) < patience_of(row):
+    raise ValueError(
+      f'config.patience={config.patience}: the run that is there has '
+      f'{row["patience"]}, and can go on with more; pass another --workdir.'
+    )
 
 
 def _length(config: Config, windows: int) -> tuple[int, int]:

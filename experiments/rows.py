@@ -3,9 +3,12 @@
 from collections.abc import Callable, Iterable, Sequence
 import json
 import pathlib
+import shutil
 from typing import Any
 
+from absl import logging
 import jax
+from jax.experimental import multihost_utils
 
 from experiments import settings
 
@@ -29,6 +32,9 @@ class Rows:
   ):
     """Writes config.json; with `resume`, reads the rows that are there.
 
+    Else the runs of the settings before are deleted: resumed later, they would
+    be taken for runs of these.
+
     Args:
       workdir: the folder of both files.
       config: the settings.
@@ -49,9 +55,13 @@ class Rows:
         self._rows = json.loads(self._file.read_text())['rows']
     if jax.process_index() == 0:
       workdir.mkdir(parents=True, exist_ok=True)
+      if not resume and settings_file.exists():
+        _delete_runs(workdir)
       if not self._rows:
         self._file.unlink(missing_ok=True)
       _write(settings_file, config.to_json_best_effort(indent=2))
+    if jax.process_count() > 1:  # none may begin a run that the first deletes
+      multihost_utils.sync_global_devices('rows')
 
   def __iter__(self):
     return iter(self._rows)
@@ -93,6 +103,13 @@ def _check_same(
         f'{file}: {key} is {theirs.get(key)} there and {mine.get(key)} here; '
         'pass the same settings, or another --workdir.'
       )
+
+
+def _delete_runs(workdir: pathlib.Path):
+  found = [*workdir.glob('*/metrics.jsonl'), *workdir.glob('*/checkpoints')]
+  for folder in sorted({path.parent for path in found}):
+    logging.warning('%s: deleting the run of other settings', folder)
+    shutil.rmtree(folder)
 
 
 def _write(file: pathlib.Path, text: str):

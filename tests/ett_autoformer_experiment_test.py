@@ -192,6 +192,9 @@ def test_finished_runs_are_left_out_and_others_added(
       ValueError, match='learning_rate is 0.001 there and 0.1'
     ):
       run(folder, workdir, '--resume', '--config.learning_rate=0.1')
+    # With less patience they would have ended earlier.
+    with pytest.raises(ValueError, match='config.patience=1: .* there has 3'):
+      run(folder, workdir, '--resume', '--config.patience=1')
   assert json.loads((workdir / 'result.json').read_text())['rows'] == rows
 
 
