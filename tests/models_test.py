@@ -83,6 +83,28 @@ def test_dropout_keeps_the_mean_and_draws_every_element_alone(features):
   np.testing.assert_allclose(together.mean(0), (1 - rate) ** 2, **near)
 
 
+@pytest.mark.parametrize('rate', [-0.5, 1.0, 1.5, 25.0])
+def test_rates_are_shares(rate):
+  """Those of more than 1 would wrap around in 16 bits."""
+  x = jnp.ones((2, 32, 32, 3))
+  series = jnp.ones((1, 8, 2)), jnp.ones((1, 8, 5))
+  for model, inputs in (
+    (models.MnistCnn(dropout=0.0), (x,)),
+    (models.create('resnet18_cifar', width=8, depths=(1,)), (x,)),
+    (models.Autoformer(c_out=2, label_len=4, d_model=8, d_ff=8), 2 * series),
+  ):
+    with pytest.raises(ValueError, match=rf'dropout={rate}: must be in \[0, 1'):
+      model.clone(dropout=rate).init(jax.random.key(0), *inputs)
+  with pytest.raises(ValueError, match=f'drop_path={rate}: must be in'):
+    models.create('resnet18_cifar', drop_path=rate).init(jax.random.key(0), x)
+
+
+def test_a_rate_may_be_close_to_one():
+  drop = common.Dropout(1 - 1e-6, deterministic=False)
+  out = drop.apply({}, jnp.ones(1 << 20), rngs={'dropout': jax.random.key(0)})
+  assert np.isfinite(out).all() and 0 < np.count_nonzero(out) < 100
+
+
 def test_dropout_draws_nothing_that_it_does_not_need():
   x = jnp.ones((2, 3))
   for drop in common.Dropout(0.5, True), common.Dropout(0.0, False):

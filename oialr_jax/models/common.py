@@ -82,7 +82,12 @@ class Dropout(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    """`x`, `[..., features]`, with some elements set to zero."""
+    """`x`, `[..., features]`, with some elements set to zero.
+
+    Raises:
+      ValueError: the rate is not in [0, 1).
+    """
+    check_rates(dropout=self.rate)
     if self.deterministic or self.rate == 0:
       return x
     *outer, features = x.shape
@@ -92,7 +97,7 @@ class Dropout(nn.Module):
     )
     bits = lax.bitcast_convert_type(words, jnp.uint16)
     bits = bits.reshape(*outer, -1)[..., :features]
-    dropped = round(self.rate * 2**16)
+    dropped = min(round(self.rate * 2**16), 2**16 - 1)
     return jnp.where(bits < dropped, 0, x / (1 - dropped / 2**16))
 
 

@@ -69,7 +69,7 @@ class ResNet(nn.Module):
 
     Raises:
       ValueError: a stage is empty, the stem is unknown, the squeeze-excitation
-        has a negative width, or these are no images.
+        has a negative width, a rate is not in [0, 1), or these are no images.
     """
     self._check(x)
     types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
@@ -112,6 +112,7 @@ class ResNet(nn.Module):
       raise ValueError(f'stem={self.stem!r}: must be one of {STEMS}.')
     if self.se_ratio < 0:
       raise ValueError(f'se_ratio={self.se_ratio}: must not be negative.')
+    common.check_rates(dropout=self.dropout, drop_path=self.drop_path)
     common.check_images(x)
 
   def _stem(self, x: Array, conv: Callable, norm: Callable) -> Array:

@@ -59,7 +59,8 @@ class MnistCnn(nn.Module):
     dtype: to compute in.
 
   Raises:
-    ValueError: when built, of an activation that is unknown.
+    ValueError: when built, of an activation that is unknown or a rate that is
+      not in [0, 1).
   """
 
   channels: Sequence[int] = (32, 64)
@@ -73,6 +74,7 @@ class MnistCnn(nn.Module):
 
   def __post_init__(self):
     common.check_activation(self.activation)
+    common.check_rates(dropout=self.dropout)
     super().__post_init__()
 
   @nn.compact
