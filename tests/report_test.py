@@ -131,6 +131,13 @@ def test_seeds_of_a_method_look_the_same():
   assert figure.axes[0].get_ylabel() == 'accuracy'
 
 
+def test_a_number_at_the_end_of_a_name_need_not_be_a_seed():
+  runs = {'rank-8': records(), 'rank-64': records()}
+  figures = plots.of_runs(runs, seeded=())
+  for name in ('loss', 'metric_accuracy'):
+    assert texts(figures[name])[:2] == ['rank-8', 'rank-64']
+
+
 def test_time_is_that_of_the_clocks():
   figure = plots.time({'dense': records(False), 'oialr': records()})
   (axes,) = figure.axes

@@ -71,7 +71,7 @@ def render(workdirs: Sequence[runs_lib.Workdir]) -> str:
     body = [
       *_missing({**named, **runs}),
       *_results(named),
-      *_compared(records),
+      *_compared(records, {n for n, run in runs.items() if run.seeded}),
       *_each(records),
       *_settings(named),
     ]
@@ -107,12 +107,12 @@ def _results(workdirs: Mapping[str, runs_lib.Workdir]) -> Iterator[str]:
     yield tables.table(results)
 
 
-def _compared(runs: Mapping[str, Records]) -> Iterator[str]:
+def _compared(runs: Mapping[str, Records], seeded: set[str]) -> Iterator[str]:
   if not runs:
     return
   yield '<h2>Runs</h2>'
   yield tables.table([{'run': n, **rows.run(r)} for n, r in runs.items()])
-  yield _plots('', plots.of_runs(runs))
+  yield _plots('', plots.of_runs(runs, seeded))
   spent = {name: rows.seconds(records) for name, records in runs.items()}
   if any(spent.values()):
     yield '<h3>Seconds</h3>'

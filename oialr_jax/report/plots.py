@@ -37,17 +37,25 @@ _WIDE = {'linewidth': 4, 'alpha': 0.4}  # what another line lies upon
 _DASHED = {'color': '#808080', 'linestyle': '--', 'linewidth': 1}
 
 
-def of_runs(runs: Mapping[str, Records]) -> dict[str, Figure]:
-  """The pictures that compare runs, by name: those with something to show."""
+def of_runs(
+  runs: Mapping[str, Records], seeded: Container[str] | None = None
+) -> dict[str, Figure]:
+  """The pictures that compare runs, by name: those with something to show.
+
+  Args:
+    runs: their records, by name.
+    seeded: names whose number at the end is a seed, so that 'oialr-0' and
+      'oialr-1' are drawn alike; None: all.
+  """
   figures = {}
   if any(series.holding(r, 'train', 'losses') for r in runs.values()):
-    figures['loss'] = loss(runs)
+    figures['loss'] = loss(runs, seeded)
   names = dict.fromkeys(n for r in runs.values() for n in series.metrics(r))
   for name in names:
     often = any(len(series.of(r, 'eval')) > 1 for r in runs.values())
     if often and name != 'loss':
       word = re.sub('[^a-zA-Z0-9]+', '_', name)
-      figures[f'metric_{word}'] = metric(runs, name)
+      figures[f'metric_{word}'] = metric(runs, name, seeded)
   if any(series.end(r).get('seconds') for r in runs.values()):
     figures['time'] = time(runs)
   return figures
@@ -100,11 +108,16 @@ def write(
 # Of several runs.
 
 
-def loss(runs: Mapping[str, Records]) -> Figure:
-  """Training loss of several runs, averaged, and their test loss where known."""
+def loss(
+  runs: Mapping[str, Records], seeded: Container[str] | None = None
+) -> Figure:
+  """Training loss of several runs, averaged, and their test loss where known.
+
+  See `of_runs`.
+  """
   figure, axes = drawing.single('Loss (line: training; marker: test)')
   shown = {}
-  for i, (method, several) in enumerate(_methods(runs).items()):
+  for i, (method, several) in enumerate(_methods(runs, seeded).items()):
     look, dots = drawing.look(i), drawing.dots(i)
     for records in several:
       tests = series.holding(records, 'eval', 'loss')
@@ -120,11 +133,13 @@ def loss(runs: Mapping[str, Records]) -> Figure:
   return figure
 
 
-def metric(runs: Mapping[str, Records], name: str) -> Figure:
-  """What evaluations measured under a name, over time."""
+def metric(
+  runs: Mapping[str, Records], name: str, seeded: Container[str] | None = None
+) -> Figure:
+  """What evaluations measured under a name, over time; see `of_runs`."""
   figure, axes = drawing.single(f'{drawing.plain(name)} at evaluations')
   shown = {}
-  for i, (method, several) in enumerate(_methods(runs).items()):
+  for i, (method, several) in enumerate(_methods(runs, seeded).items()):
     for records in several:
       tests = series.holding(records, 'eval', name)
       points = [r['step'] for r in tests], [r[name] for r in tests]
@@ -337,11 +352,15 @@ def _carried(records: Records) -> dict[str, dict[str, Any]]:
   return {label: lines for label, lines in curves.items() if lines}
 
 
-def _methods(runs: Mapping[str, Records]) -> dict[str, list[Records]]:
+def _methods(
+  runs: Mapping[str, Records], seeded: Container[str] | None
+) -> dict[str, list[Records]]:
   """Runs that differ in their seeds alone, 'oialr-0' and 'oialr-1', as one."""
   seeds = {}
   for name in (n for n, records in runs.items() if records):
-    seeds.setdefault(re.sub(r'-[0-9]+$', '', name), []).append(name)
+    has_seed = seeded is None or name in seeded
+    method = re.sub(r'-[0-9]+$', '', name) if has_seed else name
+    seeds.setdefault(method, []).append(name)
   return {
     f'{method} ({len(names)} runs)' if len(names) > 1 else names[0]: [
       runs[name] for name in names

@@ -25,11 +25,13 @@ class Run:
     name: of its folder.
     records: in the order of their steps; a field that is there has its type.
     missing: what is not there or cannot be read, a sentence each.
+    seeded: it is one of a binary's, and its name ends in its seed.
   """
 
   name: str
   records: tuple[Record, ...]
   missing: tuple[str, ...]
+  seeded: bool = False
 
   def select(self, kind: str) -> list[Record]:
     """The records of one kind."""
@@ -90,7 +92,7 @@ def read(workdir: str | pathlib.Path) -> Workdir:
     folder=folder,
     settings=load(config, lambda values: dict(_flat(values))),
     results=tuple(load(result, _table)),
-    runs=tuple(map(_run, found)),
+    runs=tuple(_run(path, seeded=config.exists()) for path in found),
     missing=tuple(missing),
   )
 
@@ -138,14 +140,14 @@ def _is_run(folder: pathlib.Path) -> bool:
   )
 
 
-def _run(folder: pathlib.Path) -> Run:
+def _run(folder: pathlib.Path, seeded: bool) -> Run:
   missing: list[str] = []
   text = _text(folder / 'metrics.jsonl', missing)
   records = []
   if text is not None:
     records, missing = _records(text)
     missing += _lacking(records)
-  return Run(folder.resolve().name, tuple(records), tuple(missing))
+  return Run(folder.resolve().name, tuple(records), tuple(missing), seeded)
 
 
 def _records(text: str) -> tuple[list[Record], list[str]]:
