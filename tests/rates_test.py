@@ -108,6 +108,14 @@ def test_events_that_come_before_the_rise_is_over_begin_it_anew():
   np.testing.assert_allclose(rising, 3 * [0, 0.1, 0.2], atol=1e-6)
 
 
+def test_with_a_lag_the_rise_begins_when_the_update_is_applied():
+  schedule = oialr.Schedule(steps=100, delay=10, every=40, lag=15)
+  rate = rates.rewarmed(lambda step: 1.0, schedule.events(), steps=10)
+  steps = np.array([9, 10, 20, 50, 64, 65, 70, 75])
+  expected = [1, 0.1, 1, 1, 1, 0.1, 0.55, 1]
+  np.testing.assert_allclose([rate(t) for t in steps], expected, rtol=1e-6)
+
+
 def test_without_events_rewarmed_is_the_rate():
   rate = lambda t: t
   assert rates.rewarmed(rate, (), steps=3) is rate

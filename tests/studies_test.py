@@ -245,6 +245,7 @@ def test_text_is_cut_by_files_and_windows_follow_the_seed():
     (stability_study, '--config.schedules=cos', "no 'cos'; did you mean 'cosi"),
     (stability_study, '--config.data=mnits', "did you mean 'mnist'"),
     (stability_study, '--config.augment', 'is for data=cifar10'),
+    (stability_study, '--config.val_share=0', 'val_share=0: must be positive'),
     (stability_study, '--config.batch_sizes=2000', 'more than there are'),
     (stability_study, '--config.track_every=100', 'quarters of the 480 steps'),
     (stability_study, '--config.models.vit.patch_size=3', 'config.models.vit'),

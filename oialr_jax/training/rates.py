@@ -92,13 +92,14 @@ def rewarmed(
 
       rate(t) (start + (1 - start) min(1, (t - e) / steps))
 
-  e being the step of the last event; before the first one it is the rate alone.
+  e being the step at which the last event was due; before the first one it is
+  the rate alone.
   Moments that were transported (see `transport`) want no such thing; those that
   were reset or zeroed may.
 
   Args:
     rate: the schedule without events.
-    events: `Schedule.events()`, or some of them.
+    events: `Schedule.events()`, or some of them; or conversions.
     steps: of the linear rise.
     start: the share of the rate that it starts from.
 
@@ -111,7 +112,7 @@ def rewarmed(
     raise ValueError(f'start={start}: must be in [0, 1].')
   if not events:
     return rate
-  at = jnp.array(sorted(event.step for event in events))
+  at = jnp.array(sorted(getattr(e, 'due', e.step) for e in events))
 
   def again(step: jax.typing.ArrayLike) -> jax.Array:
     last = jnp.searchsorted(at, step, side='right') - 1
