@@ -108,7 +108,7 @@ def _check_same(
 def _delete_runs(workdir: pathlib.Path):
   found = [*workdir.glob('*/metrics.jsonl'), *workdir.glob('*/checkpoints')]
   for folder in sorted({path.parent for path in found}):
-    logging.warning('%s: deleting the run of other settings', folder)
+    logging.warning('%s: deleting the run that was there', folder)
     shutil.rmtree(folder)
 
 

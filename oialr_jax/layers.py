@@ -322,10 +322,11 @@ def _aspect(layer: Layer) -> float:
   return max(layer.matrix) / min(layer.matrix)
 
 
-# What changes entries each by itself; what wants a kernel as it is.
+# What changes entries each by itself, sums over them, or wants them as they are.
 _ENTRYWISE = frozenset(
   'abs add div integer_pow max min mul neg sign sqrt square sub'.split()
 )
+_SUMS = frozenset(['reduce_sum', 'reduce_max', 'reduce_min'])
 _PRODUCTS = frozenset(['dot_general', 'conv_general_dilated', 'scan', 'cond'])
 
 
@@ -535,7 +536,7 @@ class _Reader:
         out[0] = dataclasses.replace(kernel, view=view)
       elif alone and _is_entrywise(eqn, kernel):
         out[0] = dataclasses.replace(kernel, entries=kernel.entries or name)
-      elif name.startswith('reduce_'):
+      elif name in _SUMS:
         self._sum(kernel, name)
       else:
         self.other(kernel, f'consumed by {name}')

@@ -501,6 +501,10 @@ def test_kernels_may_be_summed_up_besides(penalty):
     (lambda p, x: (x @ p['w'], p['w'] ** 2), 'consumed by integer_pow'),
     (lambda p, x: (x @ p['w'], jnp.tanh(1 + p['w'])), 'consumed by add'),
     (lambda p, x: (x @ p['w'], p['w'] @ p['w'].T), 'multiplied with another'),
+    (
+      lambda p, x: (x @ p['w'], x @ lax.reduce_precision(p['w'], 5, 4)),
+      'consumed by reduce_precision',
+    ),
   ],
 )
 def test_kernels_are_no_layers_where_more_becomes_of_them(fn, why):
