@@ -187,7 +187,9 @@ _MOMENTS = {'count': COUNTER, 'mu': LINEAR, 'nu': QUADRATIC}
 # With bias correction it has a state of its own, whose class is not public. That
 # of `scale_by_stddev` has no rule: its variance is nu - mu^2 / (1 - decay^count),
 # and the state does not know the decay.
-_CORRECTED_RMS = type(optax.scale_by_rms(bias_correction=True).init(()))
+_CORRECTED_RMS = type(
+  jax.eval_shape(optax.scale_by_rms(bias_correction=True).init, ())
+)
 
 for _type, _fields in {
   # `optax.adamax` shares this class; its nu is a maximum, for which the

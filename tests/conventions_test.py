@@ -2,7 +2,9 @@
 
 import ast
 import inspect
+import os
 import pathlib
+import subprocess
 import sys
 import types
 
@@ -104,6 +106,26 @@ def test_the_core_imports_jax_alone(path):
 @pytest.mark.parametrize('path', _FILES, ids=_name)
 def test_nothing_private_of_jax_is_used(path):
   assert 'jax._src' not in path.read_text()
+
+
+def test_importing_starts_no_device():
+  """Else no processes could be joined, nor devices chosen, afterwards."""
+  names = sorted({_module(path) for path in _FILES}) + ['models', 'training']
+  code = (
+    f'import {", ".join(f"oialr_jax.{name}" for name in names)}\n'
+    'import experiments.cli, experiments.classification, jax\n'
+    "jax.config.update('jax_num_cpu_devices', 3)\n"  # refused when it has begun
+    'assert jax.device_count() == 3\n'
+  )
+  environment = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''}
+  done = subprocess.run(
+    [sys.executable, '-c', code],
+    cwd=_ROOT.parent,
+    env=environment,
+    capture_output=True,
+    text=True,
+  )
+  assert not done.returncode, done.stderr
 
 
 def test_imports_within_the_core_have_no_cycle():
