@@ -119,8 +119,8 @@ class Placement:
     min_size: arrays with fewer numbers are not split over `fsdp`.
 
   Raises:
-    ValueError: the mesh lacks an axis; a pattern is no regular expression; a
-      rule names another axis than `tensor`.
+    ValueError: the mesh lacks an axis; `tensor` goes across processes; a pattern
+      is no regular expression; a rule names another axis than `tensor`.
   """
 
   mesh: Mesh
@@ -133,6 +133,14 @@ class Placement:
         f'mesh has the axes {self.mesh.axis_names}: must be {AXES}; see '
         'make_mesh.'
       )
+    for group in self.mesh.devices.reshape(-1, self.mesh.shape[TENSOR]):
+      processes = sorted({device.process_index for device in group})
+      if len(processes) > 1:
+        raise ValueError(
+          f'tensor={len(group)}: devices of the processes {processes} would '
+          'share examples, but every process reads its own; tensor must divide '
+          'the devices of one process.'
+        )
     object.__setattr__(self, 'rules', tuple(map(tuple, self.rules)))
     for pattern, spec in self.rules:
       tree.pattern('rules', pattern)
@@ -284,7 +292,8 @@ class Placement:
     spec = self._rule(path, leaf)
     if not lowrank.is_factored(leaf):
       return self._filled(leaf.shape, spec)
-    batch, rows, cols = _split_spec(leaf.view, spec, leaf.ndim)
+    size = self.mesh.shape[TENSOR]
+    batch, rows, cols = _split_spec(leaf.view, spec, leaf.ndim, size)
     left, right = (*batch, *rows), (*batch, None, *cols)
     if lowrank.is_low_rank(leaf):
       parts = {'u': left, 's': batch, 'vt': right}
@@ -345,17 +354,21 @@ def _put_globally(x: Any, where: NamedSharding) -> jax.Array:
 
 
 def _split_spec(
-  view: lowrank.MatrixView, spec: Spec, ndim: int
+  view: lowrank.MatrixView, spec: Spec, ndim: int, size: int
 ) -> tuple[list, list, list]:
-  """A kernel's spec as those of its batch, row and column axes."""
+  """A kernel's spec as those of its batch, row and column axes.
+
+  Of an axis that is cut it is the blocks that are split over so many devices,
+  if they divide by them, else each of them.
+  """
   lead = ndim - view.ndim
   whole = [*spec, *[None] * (ndim - len(spec))]
   blocks = view.blocks or (1,) * view.ndim
-  # Of an axis that is cut it is the blocks that are split.
+  cut = lambda name, count: (None, name) if count % size else (name, None)
   core = [
     part
     for name, count in zip(whole[lead:], blocks, strict=True)
-    for part in ((name,) if count == 1 else (name, None))
+    for part in ((name,) if count == 1 else cut(name, count))
   ]
   pick = lambda axes: [core[a] for a in axes]
   return [*whole[:lead], *pick(view.batch)], pick(view.rows), pick(view.cols)

@@ -30,6 +30,15 @@ class Slow(training.Callback):
     time.sleep(0.05)
 
 
+def refused():
+  """What is said of a mesh whose `tensor` goes over all devices."""
+  try:
+    sharding.Placement(sharding.make_mesh(data=1, tensor=jax.device_count()))
+  except ValueError as e:
+    return str(e)
+  return None
+
+
 def main(port, processes, process, workdir, how=''):
   """Trains, and writes the result."""
   jax.config.update('jax_cpu_collectives_implementation', 'gloo')
@@ -51,6 +60,7 @@ def main(port, processes, process, workdir, how=''):
   )
   dense = jax.device_get(whole(result.params))
   found = {
+    'refused': refused(),
     'ranks': [(e['step'], e['ranks']) for e in result.select('event')],
     'evaluations': cases.evaluations(result),
     'losses': cases.losses(result).tolist(),

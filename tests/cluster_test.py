@@ -74,6 +74,8 @@ def test_two_hosts_train_as_one_does(alone, tmp_path):
   )
   assert_close(first, alone)
   assert second == first
+  assert 'devices of the processes [0, 1] would share' in first['refused']
+  assert alone['refused'] is None
   lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
   assert [json.loads(x)['kind'] for x in lines].count('event') == 4
 

@@ -334,6 +334,22 @@ def test_fsdp_divides_the_memory_and_reduces_no_basis(name):
   assert not step.bytes_of('all-to-all') + step.bytes_of('collective-permute')
 
 
+@pytest.mark.parametrize('blocks', [2, 3])
+def test_blocks_are_split_or_else_each_of_them(blocks):
+  layer = oialr.Layer('qkv', (8, 24), (0,), (1,), blocks=blocks)
+  kernel = np.random.default_rng(0).normal(size=(8, 24)).astype(np.float32)
+  params = oialr.to_lowrank({'qkv': jnp.asarray(kernel)}, [layer])
+  rules = (('qkv', P(None, 'tensor')),)
+  mesh = sharding.make_mesh(data=4, tensor=2)
+  placement = sharding.Placement(mesh, rules=rules)
+  placed = placement.put(params, placement.shardings(params))
+  spec = placed['qkv'].vt.sharding.spec
+  whole = 'tensor', None, None
+  assert tuple(spec) == (whole if blocks == 2 else (None, None, 'tensor'))
+  found = jax.jit(oialr.to_dense)(placed)['qkv']
+  np.testing.assert_allclose(found, kernel, atol=1e-5)
+
+
 def test_a_mesh_says_what_is_wrong_with_it():
   with pytest.raises(ValueError, match=r'data=3.*multiply to 8'):
     sharding.make_mesh(data=3)
