@@ -133,14 +133,8 @@ class Placement:
         f'mesh has the axes {self.mesh.axis_names}: must be {AXES}; see '
         'make_mesh.'
       )
-    for group in self.mesh.devices.reshape(-1, self.mesh.shape[TENSOR]):
-      processes = sorted({device.process_index for device in group})
-      if len(processes) > 1:
-        raise ValueError(
-          f'tensor={len(group)}: devices of the processes {processes} would '
-          'share examples, but every process reads its own; tensor must divide '
-          'the devices of one process.'
-        )
+    if isinstance(self.mesh, Mesh):  # one that is abstract has no devices
+      _check_processes(self.mesh)
     object.__setattr__(self, 'rules', tuple(map(tuple, self.rules)))
     for pattern, spec in self.rules:
       tree.pattern('rules', pattern)
@@ -326,6 +320,17 @@ class Placement:
       if fits:
         parts[max(fits, key=lambda i: shape[i])] = FSDP
     return NamedSharding(self.mesh, Spec(*parts))
+
+
+def _check_processes(mesh: Mesh):
+  for group in mesh.devices.reshape(-1, mesh.shape[TENSOR]):
+    processes = sorted({device.process_index for device in group})
+    if len(processes) > 1:
+      raise ValueError(
+        f'tensor={len(group)}: devices of the processes {processes} would '
+        'share examples, but every process reads its own; tensor must divide '
+        'the devices of one process.'
+      )
 
 
 def _is_local(x: Any) -> bool:
