@@ -830,6 +830,10 @@ def test_bases_in_bfloat16_train():
 def test_the_change_of_the_loss_by_an_event_is_measured():
   events = fit(probe=True).select('event')
   assert events[0]['change'] < 1e-5  # nothing is pruned at the transition
-  assert all(0 < e['change'] < 1 for e in events[1:])
+  # Where no rank falls, what is left is rounding, which may be none at all.
+  for before, event in itertools.pairwise(events):
+    pruned = event['ranks'] != before['ranks']
+    assert (1e-3 if pruned else 0) <= event['change'] < (1 if pruned else 1e-5)
+  assert events[1]['ranks'] != events[0]['ranks']
   assert all(e['seconds'] > 0 for e in events)
   assert all(e['change'] is None for e in fit().select('event'))
