@@ -73,10 +73,7 @@ def shape(config: Config) -> tuple[int, int, int]:
 def check(config: Config):
   """Raises ValueError if there are no such data, or none to validate with."""
   settings.check_names([config.data], NAMES, 'config.data')
-  if not config.val_share:
-    raise ValueError(
-      'config.val_share=0: must be positive: validation accuracy is reported.'
-    )
+  settings.check_held_out(config, 'validation accuracy is reported')
   if config.augment and config.data != 'cifar10':
     raise ValueError(
       f'config.augment: is for data=cifar10, not for {config.data}.'

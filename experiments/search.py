@@ -174,10 +174,7 @@ def check(config: Config):
     module.BINARY.check(base)
   except ValueError as e:
     raise ValueError(f'config.base, of {config.binary}: {e}') from e
-  if not config.val_share:
-    raise ValueError(
-      'config.val_share=0: must be positive: trials are compared by it.'
-    )
+  settings.check_held_out(config, 'trials are compared by it')
   settings.check_names(config.space, _PARAMETERS, 'config.space')
   for name, bounds in config.space.items():
     if len(bounds) != 2 or bounds[0] > bounds[1]:

@@ -204,6 +204,12 @@ def check_names(names: Any, known: Any, where: str):
       )
 
 
+def check_held_out(config: Config, why: str):
+  """Raises ValueError where no training data are held out, saying why to."""
+  if not config.val_share:
+    raise ValueError(f'config.val_share=0: must be positive: {why}.')
+
+
 def build(make: type[T], config: Config, section: str, **more: Any) -> T:
   """What a dataclass makes of a section of the configuration.
 

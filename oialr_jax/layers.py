@@ -322,12 +322,13 @@ def _aspect(layer: Layer) -> float:
   return max(layer.matrix) / min(layer.matrix)
 
 
-# What changes entries each by itself, sums over them, or wants them as they are.
+# What changes entries each by itself; what sums over them; what wants a kernel as
+# it is.
 _ENTRYWISE = frozenset(
   'abs add div integer_pow max min mul neg sign sqrt square sub'.split()
 )
 _SUMS = frozenset(['reduce_sum', 'reduce_max', 'reduce_min'])
-_PRODUCTS = frozenset(['dot_general', 'conv_general_dilated', 'scan', 'cond'])
+_CONSUMERS = frozenset(['dot_general', 'conv_general_dilated', 'scan', 'cond'])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -482,7 +483,7 @@ class _Reader:
     consts = [None] * len(jaxpr.consts)
     return jaxprs.run(jaxpr.jaxpr, consts, operands, self._rule)
 
-  def other(self, kernel: _Kernel | None, why_not: str):
+  def other(self, kernel: _Kernel | None, why_not: str = ''):
     if isinstance(kernel, _Kernel):
       if kernel.entries:
         why_not = f'consumed by {kernel.entries}'
@@ -510,8 +511,8 @@ class _Reader:
       out = self.read(program, operands)
       self._within = outer
       return _through(name, out)
-    if name in _PRODUCTS:
-      operands = [self._whole(x) for x in operands]
+    if name in _CONSUMERS:
+      operands = [self._unchanged(x) for x in operands]
       if not any(operands):
         return nothing
     if name == 'scan':
@@ -542,11 +543,11 @@ class _Reader:
         self.other(kernel, f'consumed by {name}')
     return out
 
-  def _whole(self, kernel: _Kernel | None) -> _Kernel | None:
-    """The kernel, unless its entries have been changed."""
+  def _unchanged(self, kernel: _Kernel | None) -> _Kernel | None:
+    """The kernel; one whose entries have been changed ends here."""
     if kernel is None or not kernel.entries:
       return kernel
-    self.other(kernel, '')
+    self.other(kernel)
     return None
 
   def _sum(self, kernel: _Kernel, name: str):

@@ -110,7 +110,7 @@ def test_nothing_private_of_jax_is_used(path):
 
 def test_importing_starts_no_device():
   """Else no processes could be joined, nor devices chosen, afterwards."""
-  names = sorted({_module(path) for path in _FILES}) + ['models', 'training']
+  names = sorted({_module(path) for path in _FILES})
   code = (
     f'import {", ".join(f"oialr_jax.{name}" for name in names)}\n'
     'import experiments.cli, experiments.classification, jax\n'

@@ -110,9 +110,8 @@ def _restarted(
 
 def _is_same(one: Any, other: Any) -> bool:
   """Whether two leaves are of the same arrays."""
-  return list(map(id, jax.tree.leaves(one))) == list(
-    map(id, jax.tree.leaves(other))
-  )
+  ids = lambda x: [*map(id, jax.tree.leaves(x))]
+  return ids(one) == ids(other)
 
 
 def _lost(old: PyTree, new: PyTree) -> dict[str, Array]:

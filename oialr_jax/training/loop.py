@@ -363,7 +363,7 @@ class _Loop:
     try:
       whole = self.run.evaluate(done, self.watch.is_told)
     except Exception:
-      # An eval_fn that is wrong, say, which is compiled but now, costs no step.
+      # It costs no step: that an eval_fn is wrong may be seen at the end alone.
       if jax.process_count() == 1:  # else the others may be elsewhere
         self._save(done)
       raise

@@ -93,9 +93,8 @@ def rewarmed(
       rate(t) (start + (1 - start) min(1, (t - e) / steps))
 
   e being the step at which the last event was due; before the first one it is
-  the rate alone.
-  Moments that were transported (see `transport`) want no such thing; those that
-  were reset or zeroed may.
+  the rate alone. Moments that were transported (see `transport`) want no such
+  thing; those that were reset or zeroed may.
 
   Args:
     rate: the schedule without events.

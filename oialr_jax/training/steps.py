@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from oialr_jax import lowrank
 from oialr_jax import sharding
 from oialr_jax import transforms
 from oialr_jax import tree
@@ -115,7 +116,7 @@ def train_step(
 
     parts = _parts(batch, accumulate), jax.random.split(key, accumulate)
     like = transforms.trainable(state.params)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, _wide(x.dtype)), like)
+    zeros = jax.tree.map(lambda x: jnp.zeros_like(lowrank.wide(x)), like)
     init = state.model_state, zeros
     (model_state, sums), metrics = jax.lax.scan(one, init, parts)
     mean = lambda total, x: (total / accumulate).astype(x.dtype)
@@ -189,7 +190,7 @@ def eval_step(
     mask = batch.get('mask') if isinstance(batch, Mapping) else None
     if mask is None:
       mask = jnp.ones(next(iter(metrics.values())).shape[:1])
-    total = lambda v: jnp.sum(jnp.where(mask > 0, v, 0), dtype=_wide(v.dtype))
+    total = lambda v: jnp.sum(jnp.where(mask > 0, lowrank.wide(v), 0))
     return {k: total(v) for k, v in metrics.items()}, jnp.sum(mask > 0)
 
   return step
@@ -222,11 +223,6 @@ def _parts(batch: Batch, count: int) -> Batch:
     return jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0)
 
   return tree.map_with_path(cut, batch)
-
-
-def _wide(dtype: jnp.dtype) -> jnp.dtype:
-  """Where sums of many are taken."""
-  return jnp.promote_types(dtype, jnp.float32)
 
 
 def _policy(remat: bool | Callable[..., Any]) -> Callable[..., Any]:
