@@ -80,8 +80,8 @@ def test_what_was_done_is_recorded(whole):
 @pytest.mark.parametrize('stop', [DELAY, DELAY + 1])
 def test_a_resumed_run_is_the_same_run(whole, tmp_path, stop):
   with pytest.raises(KeyboardInterrupt):
-    fit(tmp_path, checkpoint_every=1, callbacks=[resume_test.Stop(stop)])
-  result = fit(tmp_path, checkpoint_every=1, resume=True)
+    fit(tmp_path, checkpoint_every=stop - 1, callbacks=[resume_test.Stop(stop)])
+  result = fit(tmp_path, resume=True)
   resume_test.assert_same(result, whole)
   assert len(result.select('conversion')) == 1
   resume_test.assert_same(fit(tmp_path, resume=True), whole)
