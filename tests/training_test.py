@@ -606,6 +606,8 @@ def test_an_evaluation_that_fails_costs_no_step(tmp_path, eval_every):
   options = dict(workdir=tmp_path, eval_every=eval_every)
   with pytest.raises(ValueError, match='must be one number an example'):
     fit(eval_fn=mean, **options)
+  with checkpoint.Checkpoints(tmp_path / 'checkpoints') as saved:
+    assert saved.steps() == [eval_every or STEPS]
   result = fit(resume=True, **options)
   np.testing.assert_array_equal(losses(result), losses(fit()))
   assert result.select('eval')[0]['step'] == (eval_every or STEPS)
