@@ -164,7 +164,8 @@ def load(path: Path, like: PyTree | None = None) -> PyTree:
   for at, described in kernels.items():
     cls = _NODES[described['kind']]
     fields = [f.name for f in dataclasses.fields(cls) if f.name != 'view']
-    factors = (jnp.asarray(arrays.pop(f'{at}/{name}')) for name in fields)
+    inside = f'{at}/' if at else ''  # parameters may be one kernel
+    factors = (jnp.asarray(arrays.pop(inside + name)) for name in fields)
     view = {k: tuple(axes) for k, axes in described['view'].items()}
     leaves[at] = cls(*factors, lowrank.MatrixView(**view))
   leaves |= {at: jnp.asarray(x) for at, x in arrays.items()}

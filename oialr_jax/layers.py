@@ -166,7 +166,7 @@ def select(
   keep_first: bool = False,
   keep_last: bool = True,
   include: str = r'.*',
-  exclude: str = r'$^',
+  exclude: str = r'(?!)',
   min_rank: int = 8,
   max_aspect: float | None = None,
 ) -> tuple[Layer, ...]:
@@ -179,7 +179,7 @@ def select(
     keep_last: keep the last layer full-rank (the published runs do). A head of
       one output has no rank and is the last one all the same.
     include: a regular expression that a path must match (`re.search`).
-    exclude: one that it must not.
+    exclude: one that it must not; the default matches nothing.
     min_rank: the least min(m, n) worth factoring.
     max_aspect: the largest max(m, n) / min(m, n), exclusive; the published code
       uses 10 for linear layers. No limit by default.

@@ -246,6 +246,17 @@ def test_what_is_loaded_is_what_was_written(tmp_path, dtype):
     assert_same(export.load(tmp_path / 'x.safetensors', dense), params)
 
 
+def test_parameters_may_be_one_kernel(tmp_path):
+  file = tmp_path / 'x.safetensors'
+  dense = programs.normal(12, 9)
+  (layer,) = oialr.find_layers(lambda w, x: x @ w, dense, np.ones((4, 12)))
+  low = oialr.to_lowrank(dense, [layer], rank=3)
+  for params in (dense, low, _two_factors(low)):
+    export.safetensors(file, params)
+    assert_same(export.load(file, dense), params)
+    assert [*export.load(file)] == ['']
+
+
 def test_arrays_in_fortrans_order_are_written_as_they_are(tmp_path):
   params = {'w': np.asfortranarray(programs.normal(3, 4)).T[::2]}
   export.safetensors(tmp_path / 'x.safetensors', params)

@@ -280,6 +280,12 @@ def test_select_by_path():
   assert _selected(include='block', exclude='mlp') == ['block/attention']
 
 
+def test_select_takes_parameters_that_are_one_kernel():
+  apply, kernel = lambda w, x: x @ w, programs.normal(9, 8)
+  layers = oialr.find_layers(apply, kernel, programs.normal(5, 9))
+  assert oialr.select(layers, keep_last=False) == layers
+
+
 def test_select_by_rank_and_aspect():
   assert _selected(min_rank=5) == ['stem', 'block/attention', 'block/mlp']
   assert _selected(min_rank=24) == ['block/attention', 'block/mlp']
