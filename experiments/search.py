@@ -14,7 +14,7 @@ Trial 0 is the default, and what a parameter is in units of:
   learning_rate, weight_decay, clip: times that of the default.
   warmup, warmup_epochs, every, delay: share of the run.
   end_rate: share of the learning rate.
-  k_decay, cutoff, floor, progressive: as the setting.
+  k_decay, cutoff, progressive: as the setting.
 
 A parameter is left alone by equal bounds. --config.base.KEY=VALUE changes what
 all trials have in common.
@@ -71,7 +71,6 @@ _PARAMETERS = {
   'end_rate': ('rate', True),
   'k_decay': ('one', True),
   'cutoff': ('one', True),
-  'floor': ('one', True),
   'every': ('run', True),
   'delay': ('run', False),
   'progressive': ('one', False),

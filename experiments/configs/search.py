@@ -26,7 +26,6 @@ _SPACE = dict(
   weight_decay=(0.01, 100.0),
   clip=(0.1, 10.0),
   cutoff=(0.02, 0.9),
-  floor=(0.005, 0.7),
   every=(0.01, 0.2),
   delay=(0.05, 0.6),
   progressive=(0.1, 1.0),
