@@ -206,7 +206,9 @@ def test_settings_that_are_found_are_those_that_the_binary_takes(
   assert taken.to_dict() == found.to_dict()
 
 
-@pytest.mark.parametrize('variant', ['digits', 'mnist_cnn', 'cifar10_vit'])
+@pytest.mark.parametrize(
+  'variant', ['digits', 'mnist_cnn', 'cifar10_vit', 'cifar10_vit:small']
+)
 def test_the_default_is_a_point_of_the_space(variant):
   config, _ = parse(f'--config=experiments/configs/search.py:{variant}')
   params = search.params_of(config.base, config.space, steps=14_400)
