@@ -42,6 +42,7 @@ RESNET = (
   '--config.model.width=8',
   '--config.augmentation.mixup=0',
   '--config.augmentation.erase=0',
+  '--config.augmentation.operations=0',  # compiles for long
 )
 
 

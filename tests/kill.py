@@ -30,9 +30,9 @@ from tests import resume_test
 
 ROOT = pathlib.Path(__file__).parent.parent
 # A transition, three updates, and what they make worth slicing.
-STEPS = 120
+STEPS = 60
 SCHEDULE = oialr.Schedule(
-  steps=STEPS, delay=30, every=25, cutoff=0.4, progressive=1.0
+  steps=STEPS, delay=15, every=12, cutoff=0.4, progressive=1.0
 )
 # Seconds: of a step, and the longest from the step of a kill to the kill.
 PAUSE, LIFE = 0.02, 0.2

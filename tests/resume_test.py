@@ -626,11 +626,20 @@ def often(tmp_path_factory):
   return fit(tmp_path_factory.mktemp('often'), checkpoint_every=5)
 
 
-@pytest.mark.parametrize('torn', [0, 1, -1])
-def test_a_torn_record_does_not_keep_a_run_from_resuming(tmp_path, often, torn):
-  options = dict(checkpoint_every=5)
+@pytest.fixture(scope='module')
+def interrupted(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('interrupted')
   with pytest.raises(KeyboardInterrupt):
-    fit(tmp_path, callbacks=[Stop(17)], **options)
+    fit(folder, checkpoint_every=5, callbacks=[Stop(17)])
+  return folder
+
+
+@pytest.mark.parametrize('torn', [0, 1, -1])
+def test_a_torn_record_does_not_keep_a_run_from_resuming(
+  tmp_path, often, interrupted, torn
+):
+  shutil.copytree(interrupted, tmp_path, dirs_exist_ok=True)
+  options = dict(checkpoint_every=5)
   file = tmp_path / 'metrics.jsonl'
   lines = file.read_text().splitlines()
   lines[torn] = lines[torn][:20]
