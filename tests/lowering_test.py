@@ -27,6 +27,8 @@ BATCH = 8
 MODELS = ('mini_vit', 'vit_base_patch16_224')
 # Of min(m, n); None is dense.
 RANKS = {'dense': None, 'full': 1.0, 'reduced': 0.3}
+# At other ranks ViT-B/16 lowers as the small one does, and takes longer.
+CASES = [(MODELS[0], rank) for rank in RANKS] + [(MODELS[1], 'reduced')]
 MESHES = {'data': (8, 1, 1), 'fsdp': (2, 4, 1)}
 
 SCHEDULE = oialr.Schedule(steps=100, delay=10, every=10, progressive=1.0)
@@ -133,8 +135,7 @@ def check_no_cpu(exported):
   assert not [x for x in names if re.match('lapack|blas|xla_cpu', x)]
 
 
-@pytest.mark.parametrize('rank', RANKS)
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name, rank', CASES)
 def test_the_step_lowers(name, rank):
   of = case(name, rank)
   step = training.train_step(of.loss, TX)
@@ -162,8 +163,7 @@ def test_the_transition_lowers(name):
     assert spectra[layer.path].shape == (1, layer.max_rank)
 
 
-@pytest.mark.parametrize('rank', ['full', 'reduced'])
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name, rank', [x for x in CASES if x[1] != 'dense'])
 def test_updates_that_prune_lower(name, rank):
   of = case(name, rank)
   event = functools.partial(of.event, UPDATE)
