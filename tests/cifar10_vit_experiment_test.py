@@ -44,13 +44,9 @@ TINY = (
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
   folder = tmp_path_factory.mktemp('tfds')
-  example = lambda i: (
-    tfds_folders.encode(tfds_folders.picture(32, 32, i), 'PNG'),
-    i % 10,
-  )
   splits = {
-    'train': [[example(i) for i in range(20)]],
-    'test': [[example(i) for i in range(20, 30)]],
+    'train': [tfds_folders.shard(range(20), 32)],
+    'test': [tfds_folders.shard(range(20, 30), 32)],
   }
   tfds_folders.write(
     folder, 'cifar10', '3.0.2', splits, classes=10, shape=(32, 32, 3)

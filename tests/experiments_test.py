@@ -89,14 +89,11 @@ def test_digits_go_on_after_an_interruption(tmp_path):
   assert len(sum(losses, [])) == 20
 
 
-def digits_of(count):
-  """Examples of a shard: generated pictures of 28 x 28 pixels."""
-  grey = lambda i: tfds_folders.picture(28, 28, i, channels=1)[..., 0]
-  return [(tfds_folders.encode(grey(i), 'PNG'), i % 10) for i in range(count)]
-
-
 def test_mnist_compares_methods_and_policies(tmp_path, capsys):
-  splits = {'train': [digits_of(64)], 'test': [digits_of(20)]}
+  splits = {
+    'train': [tfds_folders.shard(range(64), 28, channels=1)],
+    'test': [tfds_folders.shard(range(20), 28, channels=1)],
+  }
   tfds_folders.write(
     tmp_path, 'mnist', '3.0.1', splits, classes=10, shape=(28, 28, 1)
   )

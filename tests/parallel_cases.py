@@ -3,6 +3,7 @@
 import collections
 import functools
 import re
+import shutil
 
 from flax import linen as nn
 import jax
@@ -153,13 +154,14 @@ def assert_close(result, other, rtol=1e-5):
 
 
 @functools.cache
-def placed(name):
+def run_on(name):
+  """What a run on this mesh ends with."""
   return fit(place(**PLACEMENTS[name]))
 
 
 @pytest.mark.parametrize('name', PLACEMENTS)
 def test_a_run_is_the_same_on_any_mesh(alone, name):
-  result = placed(name)
+  result = run_on(name)
   assert_close(result, alone)
   kinds = [r['event'] for r in result.select('event')]
   assert kinds == ['transition', 'update', 'update', 'update']
@@ -167,7 +169,7 @@ def test_a_run_is_the_same_on_any_mesh(alone, name):
 
 
 def test_fsdp_splits_what_is_there_to_split():
-  result = placed('fsdp')
+  result = run_on('fsdp')
   node = result.params['first']['kernel']
   assert oialr.is_low_rank(node)
   for x in (node.u, node.s, node.vt):
@@ -177,7 +179,7 @@ def test_fsdp_splits_what_is_there_to_split():
 
 
 def test_rules_split_rows_and_columns():
-  params = placed('tensor').params
+  params = run_on('tensor').params
   first, second = params['first']['kernel'], params['second']['kernel']
   assert first.vt.sharding.spec[1] == 'tensor'
   assert 'tensor' not in jax.tree.leaves(tuple(first.u.sharding.spec))
@@ -185,21 +187,39 @@ def test_rules_split_rows_and_columns():
   assert 'tensor' not in jax.tree.leaves(tuple(second.vt.sharding.spec))
 
 
-@pytest.mark.parametrize('saved, restored', [(8, 4), (1, 8)])
+TRACKED = dict(track_every=16, track_more=resume_test.moved)
+
+
+def wide(count):
+  return place(count, data=1, fsdp=count) if count == 8 else place(count)
+
+
+@pytest.fixture(scope='module')
+def interrupted(tmp_path_factory):
+  """The folder of a run on so many devices, interrupted after step 37."""
+
+  @functools.cache
+  def folder(count):
+    workdir = tmp_path_factory.mktemp('interrupted')
+    with pytest.raises(KeyboardInterrupt):
+      fit(
+        wide(count),
+        workdir=workdir,
+        checkpoint_every=7,
+        callbacks=[resume_test.Stop(37)],
+        **TRACKED,
+      )
+    return workdir
+
+  return folder
+
+
+@pytest.mark.parametrize('saved, restored', [(8, 1), (8, 4), (1, 8)])
 def test_a_run_goes_on_with_another_number_of_devices(
-  alone, tmp_path, saved, restored
+  alone, tmp_path, interrupted, saved, restored
 ):
-  wide = lambda n: place(n, data=1, fsdp=n) if n == 8 else place(n)
-  options = dict(track_every=16, track_more=resume_test.moved)
-  with pytest.raises(KeyboardInterrupt):
-    fit(
-      wide(saved),
-      workdir=tmp_path,
-      checkpoint_every=7,
-      callbacks=[resume_test.Stop(37)],
-      **options,
-    )
-  result = fit(wide(restored), workdir=tmp_path, resume=True, **options)
+  shutil.copytree(interrupted(saved), tmp_path, dirs_exist_ok=True)
+  result = fit(wide(restored), workdir=tmp_path, resume=True, **TRACKED)
   assert_close(result, alone)
   measured = result.select('stability')
   assert [r['step'] for r in measured] == [16, 32, 48, STEPS]

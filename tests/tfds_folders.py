@@ -33,6 +33,12 @@ def encode(image, kind='JPEG', mode=None):
   return file.getvalue()
 
 
+def shard(indices, size, channels=3):
+  """Square pictures for `write`, PNGs of ten classes in turn."""
+  image = lambda i: picture(size, size, i, channels).squeeze()
+  return [(encode(image(i), 'PNG'), i % 10) for i in indices]
+
+
 def write(folder, name, version, splits, *, classes, shape=(None, None, 3)):
   """Writes `{split: shards}`, shards being lists of (encoded image, label).
 
