@@ -1,11 +1,12 @@
 """One of the processes of a run on several hosts, started by `cluster_test`.
 
-  python -m tests.cluster PORT PROCESSES PROCESS WORKDIR [slow | late]
+  python -m tests.cluster PORT PROCESSES PROCESS WORKDIR LAG [slow | late]
 
 Every process has the devices of XLA_FLAGS. The run is that of `parallel_cases`,
-split over `fsdp`; the first process writes what came out of it.
+with such a lag, split over `fsdp`; every process writes what came out of it.
 """
 
+import dataclasses
 import json
 import pathlib
 import sys
@@ -39,15 +40,36 @@ def refused():
   return None
 
 
-def main(port, processes, process, workdir, how=''):
+def fit(placement, lag, **options):
+  """The run of `parallel_cases`, and what is compared of it."""
+  from tests import parallel_cases as cases  # uses devices
+
+  schedule = dataclasses.replace(cases.SCHEDULE, lag=lag)
+  result = cases.fit(placement, schedule=schedule, **options)
+  whole = jax.jit(oialr.to_dense, out_shardings=placement.replicated)
+  events = result.select('event')
+  return {
+    'events': [[e['step'], e.get('decided')] for e in events],
+    'ranks': [e['ranks'] for e in events],
+    'evaluations': [list(x) for x in cases.evaluations(result)],
+    'losses': cases.losses(result).tolist(),
+    'kernels': {
+      path: np.asarray(x).ravel().tolist()
+      for path, x in tree.flatten(jax.device_get(whole(result.params))).items()
+    },
+  }
+
+
+def main(port, processes, process, workdir, lag, how=''):
   """Trains, and writes the result."""
   jax.config.update('jax_cpu_collectives_implementation', 'gloo')
   sharding.initialize(f'localhost:{port}', int(processes), int(process))
   from tests import parallel_cases as cases  # uses devices
 
   workdir = pathlib.Path(workdir)
-  result = cases.fit(
+  found = fit(
     cases.place(jax.device_count(), data=1, fsdp=jax.device_count()),
+    int(lag),
     workdir=workdir,
     checkpoint_every=10,
     resume=True,
@@ -55,19 +77,7 @@ def main(port, processes, process, workdir, how=''):
     # The clock of the first process is that of all.
     max_seconds=(0, 1e6)[int(process)] if how == 'late' else None,
   )
-  whole = jax.jit(
-    oialr.to_dense, out_shardings=cases.place(jax.device_count()).replicated
-  )
-  dense = jax.device_get(whole(result.params))
-  found = {
-    'refused': refused(),
-    'ranks': [(e['step'], e['ranks']) for e in result.select('event')],
-    'evaluations': cases.evaluations(result),
-    'losses': cases.losses(result).tolist(),
-    'kernels': {
-      k: np.asarray(x).ravel().tolist() for k, x in tree.flatten(dense).items()
-    },
-  }
+  found['refused'] = refused()
   (workdir / f'result-{process}.json').write_text(json.dumps(found))
 
 

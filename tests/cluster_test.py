@@ -8,14 +8,15 @@ import subprocess
 import sys
 
 import numpy as np
-import pytest
 
+from tests import cluster
+from tests import parallel_cases as cases
 from tests import parallel_test
 
 PROCESSES, DEVICES = 2, 2
 
 
-def start(workdir, *options, processes=PROCESSES):
+def start(workdir, lag, *options, processes=PROCESSES):
   """Starts the processes of a run."""
   with socket.socket() as s:
     s.bind(('localhost', 0))
@@ -28,7 +29,7 @@ def start(workdir, *options, processes=PROCESSES):
   return [
     subprocess.Popen(
       [sys.executable, '-m', 'tests.cluster', port, *numbers[0], i, workdir]
-      + [*options],
+      + [str(lag), *options],
       cwd=parallel_test.ROOT,
       env={**os.environ, **variables},
       stdout=subprocess.PIPE,
@@ -46,17 +47,12 @@ def finish(running, status=0):
     assert process.returncode == status, text
 
 
-@pytest.fixture(scope='module')
-def alone(tmp_path_factory):
-  folder = tmp_path_factory.mktemp('alone')
-  finish(start(folder, processes=1))
-  return json.loads((folder / 'result-0.json').read_text())
-
-
-def assert_close(found, expected):
+def assert_as_alone(found, lag):
+  """It is the same run on one device of this process."""
+  expected = cluster.fit(cases.place(1), lag)
   np.testing.assert_allclose(found['losses'], expected['losses'], rtol=1e-5)
-  assert found['ranks'] == expected['ranks']
-  assert found['evaluations'] == expected['evaluations']
+  for key in ('events', 'ranks', 'evaluations'):
+    assert found[key] == expected[key]
   for path, x in expected['kernels'].items():
     apart = np.linalg.norm(np.subtract(found['kernels'][path], x))
     assert apart < 1e-5 * np.linalg.norm(x), path
@@ -66,34 +62,36 @@ def saved_steps(workdir):
   return sorted(int(p.name) for p in (workdir / 'checkpoints').iterdir())
 
 
-def test_two_hosts_train_as_one_does(alone, tmp_path):
-  finish(start(tmp_path))
+def test_two_hosts_train_as_one_does(tmp_path):
+  finish(start(tmp_path, 0))
   first, second = (
     json.loads((tmp_path / f'result-{i}.json').read_text())
     for i in range(PROCESSES)
   )
-  assert_close(first, alone)
+  assert_as_alone(first, 0)
   assert second == first
   assert 'devices of the processes [0, 1] would share' in first['refused']
-  assert alone['refused'] is None
   lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
   assert [json.loads(x)['kind'] for x in lines].count('event') == 4
 
 
-def test_what_stops_one_of_them_saves_and_stops_all(alone, tmp_path):
+def test_what_stops_one_of_them_saves_and_stops_all(tmp_path):
+  """And both turn by the same rotations, found some steps before."""
   # The time of the first is up, of which they speak every 16 steps.
-  finish(start(tmp_path, 'late'), 75)
+  finish(start(tmp_path, 4, 'late'), 75)
   assert saved_steps(tmp_path)[-1] == 16
   # SIGTERM to the second.
-  running = start(tmp_path, 'slow')
+  running = start(tmp_path, 4, 'slow')
   for line in running[1].stdout:
     if line.strip() == '33':
       running[1].send_signal(signal.SIGTERM)
       break
   finish(running, 75)
   assert not (tmp_path / 'result-0.json').exists()
-  assert 33 <= saved_steps(tmp_path)[-1] < 60
+  # An update has begun at 30 and was due at 34.
+  assert 34 <= saved_steps(tmp_path)[-1] < 60
   # What is left is done by one host: on half of the devices.
-  finish(start(tmp_path, processes=1))
+  finish(start(tmp_path, 4, processes=1))
   found = json.loads((tmp_path / 'result-0.json').read_text())
-  assert_close(found, alone)
+  assert found['events'] == [[20, None], [34, 30], [44, 40], [54, 50]]
+  assert_as_alone(found, 4)

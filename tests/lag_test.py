@@ -3,11 +3,6 @@
 from concurrent import futures
 import dataclasses
 import functools
-import json
-import os
-import socket
-import subprocess
-import sys
 import threading
 import time
 
@@ -19,14 +14,11 @@ import pytest
 
 import oialr_jax as oialr
 from oialr_jax import checkpoint
-from oialr_jax import sharding
 from oialr_jax import training
 from oialr_jax import transforms
-from oialr_jax import tree
 from oialr_jax.training import programs
 from tests import kernels
 from tests import optimizer_test
-from tests import parallel_test
 from tests import resume_test
 from tests import training_test
 
@@ -38,7 +30,7 @@ STEPS = training_test.STEPS
 SCHEDULE = oialr.Schedule(
   steps=STEPS, delay=9, every=7, cutoff=0.4, progressive=1.0, lag=3
 )
-NEVER = training.Compaction(min_saving=1)
+NEVER = training_test.NEVER
 
 fit = functools.partial(resume_test.fit, schedule=SCHEDULE)
 
@@ -402,7 +394,12 @@ def test_what_can_be_foreseen_is_not_compiled_by_the_training(monkeypatch):
     return compile_(lowered)
 
   monkeypatch.setattr(programs, '_compile', spy)
-  fit(compaction=NEVER, eval_fn=None, eval_data=None, eval_every=None)
+  fit(
+    compaction=NEVER,
+    eval_fn=None,
+    eval_data=None,
+    eval_every=None,
+  )
   # The dense step, and the slicing at the end.
   assert len(waited_for) == 2
 
@@ -494,81 +491,3 @@ def test_a_switch_may_come_in_between(whole, monkeypatch):
   np.testing.assert_allclose(
     training_test.losses(result), training_test.losses(whole), rtol=1e-4
   )
-
-
-# Several devices and processes.
-
-
-HOST = """
-import pathlib
-import sys
-import jax
-from oialr_jax import sharding
-address, process, file = sys.argv[1:]
-jax.config.update('jax_cpu_collectives_implementation', 'gloo')
-sharding.initialize(address, 2, int(process))
-from tests import lag_test  # uses devices
-lag_test.host(pathlib.Path(file))
-"""
-
-
-def host(file):
-  """A process of a run that is split over fsdp; leaves what it found."""
-
-  def mine(batch, step):
-    del step
-    part = lambda x: np.split(x[:4], jax.process_count())[jax.process_index()]
-    return jax.tree.map(part, batch)
-
-  mesh = sharding.make_mesh(data=1, fsdp=jax.device_count())
-  result = fit(
-    net=training_test.Net(),
-    data=resume_test.batches().map(mine),
-    optimizer=optax.sgd(0.05, momentum=0.9),
-    placement=sharding.Placement(mesh, min_size=16),
-    compaction=NEVER,
-    eval_fn=None,
-    eval_data=None,
-    eval_every=None,
-    stop_at=22,
-  )
-  replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  whole = jax.jit(oialr.to_dense, out_shardings=replicated)(result.params)
-  found = {
-    'events': _events(result),
-    'ranks': [e['ranks'] for e in result.select('event')],
-    'losses': training_test.losses(result).tolist(),
-    'kernels': {
-      path: np.asarray(x).tolist() for path, x in tree.flatten(whole).items()
-    },
-  }
-  file.write_text(json.dumps(found))
-
-
-def test_two_hosts_turn_by_the_same_rotations(tmp_path):
-  with socket.socket() as s:
-    s.bind(('localhost', 0))
-    address = f'localhost:{s.getsockname()[1]}'
-  files = [tmp_path / name for name in ('0', '1', 'alone')]
-  running = [
-    subprocess.Popen(
-      [sys.executable, '-c', HOST, address, file.name, file],
-      cwd=parallel_test.ROOT,
-      env=os.environ | {'JAX_PLATFORMS': 'cpu'},
-      stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT,
-      text=True,
-    )
-    for file in files[:2]
-  ]
-  host(files[2])
-  said = [process.communicate(timeout=300)[0] for process in running]
-  for process, text in zip(running, said, strict=True):
-    assert process.returncode == 0, text
-  one, other, alone = (json.loads(file.read_text()) for file in files)
-  assert one == other
-  assert one['events'] == [[9, None], [19, 16]]
-  assert one['ranks'] == alone['ranks']
-  np.testing.assert_allclose(one['losses'], alone['losses'], rtol=1e-5)
-  for path, x in alone['kernels'].items():
-    np.testing.assert_allclose(one['kernels'][path], x, atol=1e-5)

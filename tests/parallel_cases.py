@@ -113,7 +113,6 @@ def place(count=8, rules=(), **sizes):
 PLACEMENTS = {
   'data': dict(),
   'fsdp': dict(data=1, fsdp=8),
-  'data and fsdp': dict(data=2, fsdp=4),
   'tensor': dict(
     data=2,
     fsdp=2,

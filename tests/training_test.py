@@ -101,12 +101,18 @@ def fit(net=Net(), schedule=True, **options):  # noqa: B008 (frozen)
   return training.fit(loss, params, data, **options)
 
 
+# Slices nothing before the end.
+NEVER = training.Compaction(min_saving=1)
+# A run that several tests look at.
+once = functools.cache(fit)
+
+
 def losses(result):
   return np.concatenate([r['losses'] for r in result.select('train')])
 
 
 def test_dense_training_learns_and_records_every_step():
-  result = fit(schedule=None)
+  result = once(schedule=None)
   assert losses(result).shape == (STEPS,)
   assert losses(result)[-5:].mean() < 0.7 * losses(result)[:5].mean()
   assert result.compilations == 1
@@ -115,7 +121,7 @@ def test_dense_training_learns_and_records_every_step():
 
 
 def test_oialr_converts_prunes_and_keeps_learning():
-  result = fit()
+  result = once()
   kinds = [e['event'] for e in result.select('event')]
   assert kinds == ['transition', 'update', 'update']
   assert result.select('event')[0]['step'] == 9
@@ -135,10 +141,10 @@ def test_events_list_the_layers_as_they_are_executed():
 
 
 def test_the_step_is_compiled_only_when_shapes_change():
-  result = fit()
+  result = once()
   assert _compactions(result)
   assert result.compilations == 2 + len(_compactions(result))
-  never = fit(compaction=training.Compaction(min_saving=1))
+  never = once(compaction=NEVER)
   assert never.compilations == 2
   # What is sliced at the end alone was carried by all steps.
   last, end = never.select('train')[-1], never.select('end')[-1]
@@ -147,8 +153,8 @@ def test_the_step_is_compiled_only_when_shapes_change():
 
 
 def test_records_count_what_trains_sliced_or_not():
-  never = fit(compaction=training.Compaction(min_saving=1))
-  often = fit()
+  never = once(compaction=NEVER)
+  often = once()
   assert _compactions(often) and not _compactions(never)
   at_end = oialr.count(never.params).trainable
   for result in never, often:
@@ -186,8 +192,8 @@ def test_the_host_is_a_step_ahead_of_the_device_and_no_more(monkeypatch):
 
 
 def test_compaction_changes_nothing_but_shapes():
-  never = fit(compaction=training.Compaction(min_saving=1))
-  np.testing.assert_allclose(losses(never), losses(fit()), rtol=2e-4)
+  never = once(compaction=NEVER)
+  np.testing.assert_allclose(losses(never), losses(once()), rtol=2e-4)
 
 
 def test_sigma_scale_changes_the_steps_of_sigma_alone():
@@ -213,11 +219,11 @@ def test_compaction_changes_nothing_of_scaled_steps():
   scaled = oialr.Schedule(
     steps=STEPS, delay=9, every=7, cutoff=0.4, progressive=1.0, sigma_scale=2.0
   )
-  never = fit(schedule=scaled, compaction=training.Compaction(min_saving=1))
+  never = fit(schedule=scaled, compaction=NEVER)
   often = fit(schedule=scaled)
   assert _compactions(often)
   np.testing.assert_allclose(losses(never), losses(often), rtol=2e-4)
-  assert np.any(np.abs(losses(often) - losses(fit())) > 1e-3)
+  assert np.any(np.abs(losses(often) - losses(once())) > 1e-3)
 
 
 # Compiling beside the training.
@@ -234,7 +240,7 @@ def _policy(**changes):
 
 @pytest.mark.parametrize('reproducible', [True, False])
 def test_compiled_in_the_background_it_is_the_same_run(reproducible):
-  now = fit()
+  now = once()
   behind = fit(compaction=_policy(reproducible=reproducible))
   np.testing.assert_allclose(losses(behind), losses(now), rtol=1e-4)
   assert oialr.ranks(behind.params) == oialr.ranks(now.params)
@@ -281,7 +287,7 @@ def test_training_goes_on_while_smaller_shapes_compile(monkeypatch):
   result = fit(compaction=_policy(), callbacks=[Watch()])
   (compaction, *_) = _compactions(result)
   assert compaction['decided'] == 16 and compaction['step'] >= 20
-  np.testing.assert_allclose(losses(result), losses(fit()), rtol=1e-4)
+  np.testing.assert_allclose(losses(result), losses(once()), rtol=1e-4)
 
 
 def test_what_can_be_foreseen_is_not_compiled_by_the_training(monkeypatch):
@@ -396,11 +402,11 @@ def test_materialised_and_factored_training_agree():
 
 
 def test_the_same_seed_gives_the_same_run():
-  np.testing.assert_array_equal(losses(fit()), losses(fit()))
+  np.testing.assert_array_equal(losses(fit()), losses(once()))
 
 
 def test_dense_and_oialr_are_the_same_run_until_the_transition():
-  dense, low = losses(fit(schedule=None)), losses(fit())
+  dense, low = losses(once(schedule=None)), losses(once())
   np.testing.assert_array_equal(dense[:9], low[:9])
   assert np.any(dense[10:] != low[10:])
 
@@ -518,7 +524,7 @@ def test_workdir_holds_metrics_events_and_a_checkpoint(tmp_path):
 def test_stop_at_leaves_the_rest_of_the_run_as_it_was():
   result = fit(stop_at=12)
   assert int(result.state.step) == 12
-  np.testing.assert_array_equal(losses(result), losses(fit())[:12])
+  np.testing.assert_array_equal(losses(result), losses(once())[:12])
 
 
 @pytest.mark.parametrize(
@@ -609,7 +615,7 @@ def test_an_evaluation_that_fails_costs_no_step(tmp_path, eval_every):
   with checkpoint.Checkpoints(tmp_path / 'checkpoints') as saved:
     assert saved.steps() == [eval_every or STEPS]
   result = fit(resume=True, **options)
-  np.testing.assert_array_equal(losses(result), losses(fit()))
+  np.testing.assert_array_equal(losses(result), losses(once()))
   assert result.select('eval')[0]['step'] == (eval_every or STEPS)
 
 
@@ -702,7 +708,7 @@ def test_a_diverging_loss_stops_the_run_with_its_step():
 
 @pytest.mark.parametrize('accumulate', [2, 8])
 def test_accumulated_steps_are_steps_of_the_whole_batch(accumulate):
-  whole, parts = fit(), fit(accumulate=accumulate)
+  whole, parts = once(), fit(accumulate=accumulate)
   np.testing.assert_allclose(losses(parts), losses(whole), rtol=1e-4)
   assert oialr.ranks(parts.params) == oialr.ranks(whole.params)
 
@@ -791,7 +797,9 @@ def test_parts_have_to_divide_the_batch():
   'remat', [True, jax.checkpoint_policies.nothing_saveable]
 )
 def test_what_is_computed_again_is_the_same(remat):
-  np.testing.assert_allclose(losses(fit(remat=remat)), losses(fit()), rtol=1e-5)
+  np.testing.assert_allclose(
+    losses(fit(remat=remat)), losses(once()), rtol=1e-5
+  )
 
 
 def test_products_with_weights_are_all_that_is_kept():
@@ -838,4 +846,4 @@ def test_the_change_of_the_loss_by_an_event_is_measured():
     assert (1e-3 if pruned else 0) <= event['change'] < (1 if pruned else 1e-5)
   assert events[1]['ranks'] != events[0]['ranks']
   assert all(e['seconds'] > 0 for e in events)
-  assert all(e['change'] is None for e in fit().select('event'))
+  assert all(e['change'] is None for e in once().select('event'))
