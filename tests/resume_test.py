@@ -79,6 +79,12 @@ def fit(workdir=None, **options):
   return training_test.fit(**(defaults | options))
 
 
+def interrupt(folder, every, stop):
+  """A run that was saved every so often, and fails after a step."""
+  with pytest.raises(KeyboardInterrupt):
+    fit(folder, checkpoint_every=every, callbacks=[Stop(stop)])
+
+
 @pytest.fixture(scope='module')
 def whole():
   return fit()
@@ -101,8 +107,7 @@ def assert_same(result, other):
 # At and after the transition, an update, and a switch.
 @pytest.mark.parametrize('stop', [9, 10, 16, 17, 23, 24])
 def test_a_resumed_run_is_the_same_run(whole, tmp_path, stop):
-  with pytest.raises(KeyboardInterrupt):
-    fit(tmp_path, checkpoint_every=stop - 1, callbacks=[Stop(stop)])
+  interrupt(tmp_path, every=stop - 1, stop=stop)
   done = Steps()
   result = fit(tmp_path, resume=True, callbacks=[done])
   assert done.done[0] == stop
@@ -198,8 +203,7 @@ def test_what_else_is_measured_goes_on(tmp_path):
 
 
 def test_a_switch_is_taken_where_nothing_compiles_in_the_background(tmp_path):
-  with pytest.raises(KeyboardInterrupt):
-    fit(tmp_path, checkpoint_every=18, callbacks=[Stop(19)])
+  interrupt(tmp_path, every=18, stop=19)
   policy = dataclasses.replace(POLICY, background=False, reproducible=False)
   result = fit(tmp_path, resume=True, compaction=policy)
   slicings = [
@@ -218,8 +222,7 @@ def test_checkpoints_hold_a_measurement_where_there_is_one(
 
 
 def test_data_that_cannot_be_set_are_read_again(whole, tmp_path):
-  with pytest.raises(KeyboardInterrupt):
-    fit(tmp_path, checkpoint_every=5, callbacks=[Stop(18)])
+  interrupt(tmp_path, every=5, stop=18)
   anew = map(lambda batch: batch, batches())
   result = fit(tmp_path, data=anew, resume=True)
   assert_same(result, whole)
@@ -413,8 +416,7 @@ def test_where_there_are_no_signals_runs_run(whole):
 @pytest.fixture(scope='module')
 def begun(tmp_path_factory):
   folder = tmp_path_factory.mktemp('begun')
-  with pytest.raises(KeyboardInterrupt):
-    fit(folder, checkpoint_every=1, callbacks=[Stop(2)])
+  interrupt(folder, every=1, stop=2)
   return folder
 
 
@@ -643,8 +645,7 @@ def often(tmp_path_factory):
 @pytest.fixture(scope='module')
 def interrupted(tmp_path_factory):
   folder = tmp_path_factory.mktemp('interrupted')
-  with pytest.raises(KeyboardInterrupt):
-    fit(folder, checkpoint_every=5, callbacks=[Stop(17)])
+  interrupt(folder, every=5, stop=17)
   return folder
 
 
