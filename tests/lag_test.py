@@ -394,12 +394,7 @@ def test_what_can_be_foreseen_is_not_compiled_by_the_training(monkeypatch):
     return compile_(lowered)
 
   monkeypatch.setattr(programs, '_compile', spy)
-  fit(
-    compaction=NEVER,
-    eval_fn=None,
-    eval_data=None,
-    eval_every=None,
-  )
+  fit(compaction=NEVER, eval_fn=None, eval_data=None, eval_every=None)
   # The dense step, and the slicing at the end.
   assert len(waited_for) == 2
 
