@@ -40,10 +40,11 @@ def refused():
   return None
 
 
-def fit(placement, lag, **options):
-  """The run of `parallel_cases`, and what is compared of it."""
+def fit(lag, **options):
+  """The run, split over all devices there are, and what is compared of it."""
   from tests import parallel_cases as cases  # uses devices
 
+  placement = cases.place(jax.device_count(), data=1, fsdp=jax.device_count())
   schedule = dataclasses.replace(cases.SCHEDULE, lag=lag)
   result = cases.fit(placement, schedule=schedule, **options)
   whole = jax.jit(oialr.to_dense, out_shardings=placement.replicated)
@@ -64,11 +65,8 @@ def main(port, processes, process, workdir, lag, how=''):
   """Trains, and writes the result."""
   jax.config.update('jax_cpu_collectives_implementation', 'gloo')
   sharding.initialize(f'localhost:{port}', int(processes), int(process))
-  from tests import parallel_cases as cases  # uses devices
-
   workdir = pathlib.Path(workdir)
   found = fit(
-    cases.place(jax.device_count(), data=1, fsdp=jax.device_count()),
     int(lag),
     workdir=workdir,
     checkpoint_every=10,

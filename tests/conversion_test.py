@@ -79,8 +79,7 @@ def test_what_was_done_is_recorded(whole):
 
 @pytest.mark.parametrize('stop', [DELAY, DELAY + 1])
 def test_a_resumed_run_is_the_same_run(whole, tmp_path, stop):
-  with pytest.raises(KeyboardInterrupt):
-    fit(tmp_path, checkpoint_every=stop - 1, callbacks=[resume_test.Stop(stop)])
+  resume_test.interrupt(tmp_path, stop, fit, checkpoint_every=stop - 1)
   result = fit(tmp_path, resume=True)
   resume_test.assert_same(result, whole)
   assert len(result.select('conversion')) == 1

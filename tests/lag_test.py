@@ -408,9 +408,7 @@ def test_an_svd_that_fails_is_an_error_of_the_run(failing_svd):
 # Those of 17 to 19 hold what is being decomposed.
 @pytest.mark.parametrize('step', [16, 17, 19, 20])
 def test_a_resumed_run_is_the_same_run(whole, tmp_path, step):
-  with pytest.raises(KeyboardInterrupt):
-    stop = resume_test.Stop(step + 1)
-    fit(tmp_path, checkpoint_every=step, callbacks=[stop])
+  resume_test.interrupt(tmp_path, step + 1, fit, checkpoint_every=step)
   with checkpoint.Checkpoints(tmp_path / 'checkpoints') as saved:
     at, arrays, manifest = saved.restore(lambda _: None)
   under_way = 17 <= step <= 19

@@ -79,10 +79,10 @@ def fit(workdir=None, **options):
   return training_test.fit(**(defaults | options))
 
 
-def interrupt(folder, every, stop):
-  """A run that was saved every so often, and fails after a step."""
+def interrupt(folder, stop, run=fit, **options):
+  """Leaves a run there that failed after a step."""
   with pytest.raises(KeyboardInterrupt):
-    fit(folder, checkpoint_every=every, callbacks=[Stop(stop)])
+    run(folder, callbacks=[Stop(stop)], **options)
 
 
 @pytest.fixture(scope='module')
@@ -107,7 +107,7 @@ def assert_same(result, other):
 # At and after the transition, an update, and a switch.
 @pytest.mark.parametrize('stop', [9, 10, 16, 17, 23, 24])
 def test_a_resumed_run_is_the_same_run(whole, tmp_path, stop):
-  interrupt(tmp_path, every=stop - 1, stop=stop)
+  interrupt(tmp_path, stop, checkpoint_every=stop - 1)
   done = Steps()
   result = fit(tmp_path, resume=True, callbacks=[done])
   assert done.done[0] == stop
@@ -140,8 +140,7 @@ def uninterrupted(method):
 @pytest.mark.parametrize('stop, first', [(4, METHODS[1]), (9, METHODS[3])])
 def test_methods_share_a_dense_phase(tmp_path, stop, first):
   options = dict(track_every=None, checkpoint_every=stop)
-  with pytest.raises(KeyboardInterrupt):
-    fit(tmp_path / 'first', callbacks=[Stop(stop + 1)], **options, **first)
+  interrupt(tmp_path / 'first', stop + 1, **options, **first)
   for i, method in enumerate(METHODS):
     done = Steps()
     workdir = shutil.copytree(tmp_path / 'first', tmp_path / str(i))
@@ -191,19 +190,15 @@ def test_what_else_is_measured_goes_on(tmp_path):
       min_saving=0, multiple_of=1, background=False, reproducible=True
     ),
   )
-  with pytest.raises(KeyboardInterrupt):
-    fit(tmp_path, checkpoint_every=12, callbacks=[Stop(14)], **options)
-  with pytest.raises(KeyboardInterrupt):
-    fit(
-      tmp_path, checkpoint_every=9, callbacks=[Stop(28)], resume=True, **options
-    )
+  interrupt(tmp_path, 14, checkpoint_every=12, **options)
+  interrupt(tmp_path, 28, checkpoint_every=9, resume=True, **options)
   result = fit(tmp_path, resume=True, **options)
   assert_same(result, fit(**options))
   assert all(len(r['moved']) == 2 for r in result.select('stability'))
 
 
 def test_a_switch_is_taken_where_nothing_compiles_in_the_background(tmp_path):
-  interrupt(tmp_path, every=18, stop=19)
+  interrupt(tmp_path, 19, checkpoint_every=18)
   policy = dataclasses.replace(POLICY, background=False, reproducible=False)
   result = fit(tmp_path, resume=True, compaction=policy)
   slicings = [
@@ -222,7 +217,7 @@ def test_checkpoints_hold_a_measurement_where_there_is_one(
 
 
 def test_data_that_cannot_be_set_are_read_again(whole, tmp_path):
-  interrupt(tmp_path, every=5, stop=18)
+  interrupt(tmp_path, 18, checkpoint_every=5)
   anew = map(lambda batch: batch, batches())
   result = fit(tmp_path, data=anew, resume=True)
   assert_same(result, whole)
@@ -252,8 +247,7 @@ def test_the_state_of_data_may_be_bytes(whole, tmp_path):
   data = lambda: Stateful(
     lambda step: bytes([255, step]), lambda state: state[1]
   )
-  with pytest.raises(KeyboardInterrupt):
-    fit(tmp_path, data=data(), checkpoint_every=5, callbacks=[Stop(18)])
+  interrupt(tmp_path, 18, data=data(), checkpoint_every=5)
   assert_same(fit(tmp_path, data=data(), resume=True), whole)
 
 
@@ -287,8 +281,7 @@ def test_a_finished_run_is_not_trained_again(whole, tmp_path, finished):
 
 def test_a_run_that_was_killed_before_its_end_gets_one(tmp_path):
   options = dict(eval_every=None)
-  with pytest.raises(KeyboardInterrupt):
-    fit(tmp_path, checkpoint_every=10, callbacks=[Stop(12)], **options)
+  interrupt(tmp_path, 12, checkpoint_every=10, **options)
   again = fit(tmp_path, stop_at=10, resume=True, **options)
   assert_same(again, fit(stop_at=10, **options))
   assert [r['step'] for r in again.select('end')] == [10]
@@ -416,7 +409,7 @@ def test_where_there_are_no_signals_runs_run(whole):
 @pytest.fixture(scope='module')
 def begun(tmp_path_factory):
   folder = tmp_path_factory.mktemp('begun')
-  interrupt(folder, every=1, stop=2)
+  interrupt(folder, 2, checkpoint_every=1)
   return folder
 
 
@@ -569,14 +562,9 @@ def test_a_run_that_went_back_can_be_resumed(tmp_path):
     tmp_path / 'once', data=batches().map(SpoilOnce(13).apply), **options
   )
   spoil = SpoilOnce(13)
-  with pytest.raises(KeyboardInterrupt):
-    fit(
-      tmp_path / 'twice',
-      data=batches().map(spoil.apply),
-      callbacks=[Stop(22)],
-      **options,
-    )
-  again = fit(tmp_path / 'twice', resume=True, **options)
+  twice = tmp_path / 'twice'
+  interrupt(twice, 22, data=batches().map(spoil.apply), **options)
+  again = fit(twice, resume=True, **options)
   assert_same(again, once)
 
 
@@ -616,8 +604,7 @@ def test_a_run_that_begins_with_low_ranks_is_resumed(tmp_path):
       **options,
     )
 
-  with pytest.raises(KeyboardInterrupt):
-    run(tmp_path / 'twice', callbacks=[Stop(7)])
+  interrupt(tmp_path / 'twice', 7, run)
   assert_same(run(tmp_path / 'twice', resume=True), run(tmp_path / 'once'))
 
 
@@ -632,8 +619,7 @@ def test_numbers_and_dtypes_may_be_numpys(tmp_path):
     basis_dtype=jnp.bfloat16,
   )
   run = functools.partial(fit, schedule=schedule, seed=np.int64(3))
-  with pytest.raises(KeyboardInterrupt):
-    run(tmp_path, checkpoint_every=5, callbacks=[Stop(17)])
+  interrupt(tmp_path, 17, run, checkpoint_every=5)
   assert_same(run(tmp_path, resume=True), run())
 
 
@@ -645,7 +631,7 @@ def often(tmp_path_factory):
 @pytest.fixture(scope='module')
 def interrupted(tmp_path_factory):
   folder = tmp_path_factory.mktemp('interrupted')
-  interrupt(folder, every=5, stop=17)
+  interrupt(folder, 17, checkpoint_every=5)
   return folder
 
 
@@ -660,8 +646,7 @@ def test_a_torn_record_does_not_keep_a_run_from_resuming(
   lines[torn] = lines[torn][:20]
   file.write_text('\n'.join(lines))
   # Interrupted again: what is lost must not cost another one.
-  with pytest.raises(KeyboardInterrupt):
-    fit(tmp_path, callbacks=[Stop(22)], resume=True, **options)
+  interrupt(tmp_path, 22, resume=True, **options)
   result = fit(tmp_path, resume=True, **options)
   jax.tree.map(np.testing.assert_array_equal, result.state, often.state)
   records = [json.loads(x) for x in file.read_text().splitlines()]
