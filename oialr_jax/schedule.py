@@ -492,12 +492,14 @@ class Plan:
       opt_state: likewise.
       rotations: likewise; where the event lags, by default those of `rotations`.
       place: constrains where the results are, `(params, opt_state, others) ->
-        params, opt_state, others`; hashable.
+        params, opt_state, others`.
     """
     args = tree.arrays((params, opt_state))
     if self.lags:
       args += (rotations or self.rotations(params),)
-    return _jitted().lower(self, *args, place=place)
+    # A function of its own: JAX keeps what it compiles as long as the function.
+    do = functools.partial(_do, self, place=place)
+    return jax.jit(do, compiler_options=_quick_to_compile()).lower(*args)
 
 
 def _looked_up(params: PyTree, layers: Layers):
@@ -601,24 +603,23 @@ def _aligned(plan: Plan, params: PyTree, before: Any, rotations: Any) -> PyTree:
 
 @functools.cache
 def _jitted():
-  """`_do`, to be compiled quickly rather than well.
+  return jax.jit(_do, static_argnums=0, compiler_options=_quick_to_compile())
 
-  An event's program runs a few times at most. On CPUs, where LLVM takes ten
-  times as long to optimise it as LAPACK to do the work, it is not optimised.
+
+@functools.cache
+def _quick_to_compile() -> dict[str, Any] | None:
+  """Options of XLA for an event's program, which runs a few times at most.
+
+  On CPUs, where LLVM takes ten times as long to optimise it as LAPACK to do the
+  work, it is not optimised.
   """
-  options = {}
-  if jax.default_backend() == 'cpu':
-    options = {
-      'xla_backend_optimization_level': 0,
-      'xla_cpu_use_fusion_emitters': False,
-    }
-  known = {k: v for k, v in options.items() if _compiles({k: v})}
-  return jax.jit(
-    _do,
-    static_argnums=0,
-    static_argnames='place',
-    compiler_options=known or None,
-  )
+  if jax.default_backend() != 'cpu':
+    return None
+  options = {
+    'xla_backend_optimization_level': 0,
+    'xla_cpu_use_fusion_emitters': False,
+  }
+  return {k: v for k, v in options.items() if _compiles({k: v})} or None
 
 
 def _compiles(options: dict[str, Any]) -> bool:

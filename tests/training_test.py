@@ -1,6 +1,7 @@
 """Tests of the trainer on a small network and random, learnable data."""
 
 import functools
+import gc
 import itertools
 import json
 import pathlib
@@ -311,6 +312,17 @@ def test_what_can_be_foreseen_is_not_compiled_by_the_training(monkeypatch):
   )
   # Also the transition, the low-rank step and the updates.
   assert len(waited_for) == 5
+
+
+def test_a_run_leaves_none_of_its_programs_behind():
+  # A process that trains many networks would come to Linux's limit of mappings.
+  def programs_after_a_run():
+    fit()
+    gc.collect()
+    return len(jax.devices()[0].client.live_executables())
+
+  programs_after_a_run()  # what is jitted for good
+  assert programs_after_a_run() == programs_after_a_run()
 
 
 def test_a_program_that_fails_to_compile_is_an_error_of_the_run(monkeypatch):
