@@ -603,6 +603,7 @@ def _aligned(plan: Plan, params: PyTree, before: Any, rotations: Any) -> PyTree:
 
 @functools.cache
 def _jitted():
+  """`_do`, for loops of one's own: compiled once for a plan and shapes."""
   return jax.jit(_do, static_argnums=0, compiler_options=_quick_to_compile())
 
 

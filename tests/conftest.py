@@ -42,8 +42,8 @@ if 'XLA_FLAGS' not in os.environ:
   os.environ['XLA_FLAGS'] = QUICK if _fits(QUICK) else ''
 
 # Linux gives a process so many mappings of memory (vm.max_map_count is 65,530 by
-# default). Of XLA's programs for a CPU every one takes up to a hundred, and JAX
-# keeps them: with no mapping left, reading one from its cache on disk is a
+# default). Of XLA's programs for a CPU every one takes up to a few hundred, and
+# JAX keeps them: with no mapping left, reading one from its cache on disk is a
 # segmentation fault.
 _MANY_MAPPINGS = 20_000
 
