@@ -70,6 +70,7 @@ def main(config: Config, options: cli.Options):
 
 def check(config: Config):
   settings.check_names(config.sets, SETS, 'config.sets')
+  settings.check_names([config.loss], forecasting.LOSSES, 'config.loss')
   if config.label_len > config.seq_len:
     raise ValueError(
       f'config.label_len={config.label_len}: must be at most seq_len='

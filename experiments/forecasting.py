@@ -17,6 +17,9 @@ from oialr_jax import models
 
 Config = settings.Config
 
+# What can be trained on: errors squared, as published, or not.
+LOSSES = {'mse': jnp.square, 'mae': jnp.abs}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
@@ -30,6 +33,7 @@ class Task:
     test: windows for the result.
     batch_size: windows of a step.
     eval_batch_size: windows at once in evaluations.
+    trained_on: which of `LOSSES`, its mean over a batch being the loss.
   """
 
   model: nn.Module
@@ -38,6 +42,7 @@ class Task:
   test: data.Windows
   batch_size: int
   eval_batch_size: int
+  trained_on: str = 'mse'
 
   @classmethod
   def of_series(
@@ -68,6 +73,7 @@ class Task:
       test=full_batches('test'),
       batch_size=config.batch_size,
       eval_batch_size=config.eval_batch_size,
+      trained_on=config.loss,
     )
 
   def init(self, seed: int) -> Any:
@@ -100,8 +106,8 @@ class Task:
     forecast = self.model.apply(
       {'params': params}, *_inputs(batch), train=True, rngs={'dropout': key}
     )
-    error = jnp.mean((forecast - batch['target']) ** 2)
-    return error, (model_state, {})
+    errors = LOSSES[self.trained_on](forecast - batch['target'])
+    return jnp.mean(errors), (model_state, {})
 
   def evaluate(self, params, model_state, batch):
     del model_state

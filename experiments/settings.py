@@ -71,6 +71,7 @@ SETTINGS: Mapping[str, tuple[str, str]] = {
   'label_smoothing': ('share of a label for all classes', 'in [0, 1)'),
   'learning_rate': ('the highest', 'positive'),
   'learning_rates': ('the highest, runs for each', 'positive'),
+  'loss': ('of errors squared, mse, or of absolute ones, mae', 'known'),
   'methods': ('runs for each, on the same batches', 'known'),
   'networks': ('of the section models, runs for each', 'known'),
   'patience': (

@@ -167,6 +167,7 @@ def test_what_is_wrong_is_said(flag, error, message):
     (ett_autoformer, '--config.model.factor=-1', 'config.model: factor'),
     (ett_autoformer, '--config.model.d_mdel=9', 'Did you mean "d_model"'),
     (ett_autoformer, '--config.label_len=97', 'at most seq_len=96'),
+    (ett_autoformer, '--config.loss=ma', "no 'ma'; did you mean 'mae'"),
     (ett_autoformer, '--config.horizons=34500', '0 windows for training'),
     (ett_autoformer, '--config.oialr.every=0', 'config.oialr: every=0'),
     (cifar10_vit, '--config.model.name=min_vit', "did you mean 'mini_vit'"),

@@ -1,5 +1,6 @@
 """The binary for the ETT series, end to end on a generated series."""
 
+import dataclasses
 import json
 
 from flax import linen as nn
@@ -274,6 +275,20 @@ class Last(nn.Module):
     self.param('w', nn.initializers.zeros, ())
     horizon = x_dec.shape[1] - 4
     return jnp.repeat(x_enc[:, -1:], horizon, axis=1)
+
+
+@pytest.mark.parametrize(
+  'loss, of', [('mse', np.square), ('mae', np.abs)], ids=['mse', 'mae']
+)
+def test_the_loss_is_the_error_of_a_batch(folder, loss, of):
+  config, _ = cli.parse(ett_autoformer.BINARY, (*TINY, f'--config.loss={loss}'))
+  series = data.load_series('ETTh1', data_dir=folder)
+  task = forecasting.Task.of_series(series, config, 4)
+  task = dataclasses.replace(task, model=Last())
+  batch = next(iter(task.batches(0)))
+  found, _ = task.loss(task.init(0), {}, batch, jax.random.key(0))
+  errors = np.float64(batch['x_enc'][:, -1:] - batch['target'])
+  np.testing.assert_allclose(found, np.mean(of(errors)), rtol=1e-5)
 
 
 def test_evaluation_is_the_mean_over_each_split(folder):

@@ -53,6 +53,7 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
       eval_windows=settings.optional(int),
       seq_len=96,
       label_len=48,
+      loss='mse',  # or 'mae'
       learning_rate=1e-4,
       constant_epochs=0.34,
       halving_epochs=0.3333,
