@@ -203,11 +203,11 @@ def _perturbed(node: oialr.LowRank, dk: Array, dlt: Array) -> oialr.Factors:
 
 def _augmented(u, s, vt, k, lt):
   size = min(2 * s.shape[-1], max(u.shape[-2], vt.shape[-1]))
-  left = _basis(u, k, size)
+  right = _basis(lowrank.transpose(vt), lowrank.transpose(lt), size)
   # One QR after the other, see there.
-  right = linalg.after(left, (lowrank.transpose(vt), lowrank.transpose(lt)))
+  left = _basis(*linalg.after(right, (u, k)), size)
   # U' begins with U and V' with V: S' is S, and zero for what is new.
-  return left, _padded(s, size, size), lowrank.transpose(_basis(*right, size))
+  return left, _padded(s, size, size), lowrank.transpose(right)
 
 
 def _basis(q: Array, more: Array, size: int) -> Array:
@@ -229,7 +229,7 @@ def _truncated(u, s, vt, like, tau):
   keep = keep.at[:, 0].set(True)[:, :rank]
   return (
     jnp.where(keep[:, None, :], lowrank.matmul(u, p)[..., :rank], 0),
-    jax.vmap(jnp.diag)(jnp.where(keep, values[:, :rank], 0)),
+    linalg.diagonal_matrix(jnp.where(keep, values[:, :rank], 0)),
     jnp.where(keep[:, :, None], lowrank.matmul(qt, vt)[:, :rank], 0),
   )
 

@@ -6,7 +6,7 @@ The decomposition is LAPACK's or cuSOLVER's; on TPUs, which have neither, it is
 `jacobi.svd`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import functools
 from typing import Any
 
@@ -28,7 +28,8 @@ def svd(w: Array) -> tuple[Array, Array, Array]:
   """Thin SVD with signs made unique: `u [b, m, k], s [b, k], vt [b, k, n]`.
 
   In every column of U the entry of the largest magnitude is positive, so that
-  the SVD of a falling diagonal is the identity and devices agree.
+  the SVD of a falling diagonal is the identity and devices agree. Of a matrix
+  that could not be decomposed, s is NaN.
   """
   u, s, vt = _svd_p.bind(w, vectors=True)
   largest = jnp.argmax(jnp.abs(u), axis=-2, keepdims=True)
@@ -55,17 +56,26 @@ def svd_live(s: Array, live: Array) -> tuple[Array, Array, Array]:
   top = 2 * jnp.linalg.norm(s, axis=(-2, -1), keepdims=True)
   pad = jnp.where(live[:, :, None], 0, jnp.eye(r, dtype=s.dtype)[None])
   u, sv, vt = svd(s + pad * jnp.where(top > 0, top, 1))
-  dropped = r - jnp.sum(live, axis=-1, keepdims=True)
-  order = (jnp.arange(r)[None] + dropped) % r
-  keep = jnp.arange(r)[None] < r - dropped
-  u = jnp.take_along_axis(u, order[:, None, :], axis=-1)
-  vt = jnp.take_along_axis(vt, order[:, :, None], axis=-2)
-  sv = jnp.take_along_axis(sv, order, axis=-1)
-  return (
-    jnp.where(keep[:, None, :], u, 0),
-    jnp.where(keep, sv, 0),
-    jnp.where(keep[:, :, None], vt, 0),
-  )
+  # Rolled together: the programs of events are small where gathers are few.
+  rows = jnp.concatenate([jnp.swapaxes(u, -1, -2), vt, sv[..., None]], axis=-1)
+  order = jnp.arange(r)[None] + r - jnp.sum(live, axis=-1, keepdims=True)
+  keep = (order < r)[..., None]
+  order = jnp.where(order < r, order, order - r)[..., None]
+  rows = jnp.take_along_axis(rows, order, axis=-2, mode='promise_in_bounds')
+  rows = jnp.where(keep, rows, 0)
+  return jnp.swapaxes(rows[..., :r], -1, -2), rows[..., -1], rows[..., r:-1]
+
+
+def diagonal(s: Array) -> Array:
+  """The diagonals of `s [..., r, r]`, `[..., r]`: a slice, and no gather."""
+  *batch, r, _ = s.shape
+  return s.reshape(*batch, r * r)[..., :: r + 1]
+
+
+def diagonal_matrix(values: Array) -> Array:
+  """Of `values [..., r]` the matrices `[..., r, r]` that have this diagonal."""
+  eye = jnp.eye(values.shape[-1], dtype=bool)
+  return jnp.where(eye, values[..., None], 0)
 
 
 def polar(w: Array) -> Array:
@@ -88,8 +98,9 @@ def drift(u: Array) -> Array:
   """max |U^T U - I| over the live columns of `u [b, m, r]`, as `[b]`."""
   gram = lowrank.matmul(lowrank.transpose(u), u)
   eye = jnp.eye(u.shape[-1], dtype=u.dtype)[None]
-  eye = jnp.where(lowrank.live(u)[:, None, :], eye, 0)
-  return jnp.max(jnp.abs(gram - eye), axis=(-2, -1), initial=0)
+  # A pruned column has no product with any, a live one has one with itself.
+  apart = jnp.where(gram == 0, 0, jnp.abs(gram - eye))
+  return jnp.max(apart, axis=(-2, -1), initial=0)
 
 
 def qr_live(u: Array) -> tuple[Array, Array]:
@@ -100,8 +111,7 @@ def qr_live(u: Array) -> tuple[Array, Array]:
   """
   q, triangle = jnp.linalg.qr(u)
   live = lowrank.live(u)
-  sign = jnp.where(jnp.diagonal(triangle, axis1=-2, axis2=-1) < 0, -1, 1)
-  sign = sign.astype(u.dtype)
+  sign = jnp.where(diagonal(triangle) < 0, -1, 1).astype(u.dtype)
   return (
     jnp.where(live[:, None, :], q * sign[:, None, :], 0),
     jnp.where(live[:, :, None], triangle * sign[:, :, None], 0),
@@ -111,12 +121,16 @@ def qr_live(u: Array) -> tuple[Array, Array]:
 def by_shape(
   f: Callable[..., tuple[Array, ...]],
   operands: Mapping[str, tuple[Array, ...]],
+  *,
+  decomposes: bool = True,
 ) -> dict[str, tuple[Array, ...]]:
   """Calls f once for all the operands of equal shapes, joined along axis 0.
 
   Args:
     f: from arrays `[b, ...]` to a tuple of arrays `[b, ...]`.
     operands: per path, the arguments of f; the same b in all of them.
+    decomposes: whether f has SVDs or QRs, so that one call must be `after` the
+      other. Of f's results the first depends on all of them.
 
   Returns:
     Per path, what f returned for its part of the batch.
@@ -127,12 +141,13 @@ def by_shape(
     groups.setdefault(key, []).append(path)
   results, out = {}, None
   for paths in groups.values():
-    joined = [jnp.concatenate(xs) for xs in zip(*(operands[p] for p in paths))]
-    out = f(*(joined if out is None else after(out, joined)))
+    joined = [_joined(xs) for xs in zip(*(operands[p] for p in paths))]
+    wait = decomposes and out is not None
+    out = f(*(after(out[0], joined) if wait else joined))
     start = 0
     for path in paths:
       stop = start + operands[path][0].shape[0]
-      results[path] = tuple(x[start:stop] for x in out)
+      results[path] = tuple(_part(x, start, stop) for x in out)
       start = stop
   return {path: results[path] for path in operands}
 
@@ -146,8 +161,18 @@ def after(done: PyTree, arrays: PyTree) -> PyTree:
   """
   if tree.is_concrete((done, arrays)):
     return arrays
-  never = sum(map(jnp.count_nonzero, jax.tree.leaves(done))) < 0
+  # No entry of a decomposition is there before it is done.
+  entry = lambda x: jax.lax.slice(x, [0] * x.ndim, [min(n, 1) for n in x.shape])
+  never = sum(jnp.count_nonzero(entry(x)) for x in jax.tree.leaves(done)) < 0
   return jax.tree.map(lambda x: jnp.where(never, 0, x), arrays)
+
+
+def _joined(arrays: Sequence[Array]) -> Array:
+  return jnp.concatenate(arrays) if len(arrays) > 1 else arrays[0]
+
+
+def _part(x: Array, start: int, stop: int) -> Array:
+  return x if stop - start == len(x) else x[start:stop]
 
 
 # An SVD whose algorithm is chosen when a program is lowered for its platform.

@@ -541,7 +541,7 @@ def _do(
   new = _aligned(plan, new, before, turned)
   before |= _sigmas(new, plan.updated)
   values = {path: x.s for path, x in turned.items()}
-  spectra = {path: _diagonal(s) for path, s in before.items()} | values
+  spectra = {path: linalg.diagonal(s) for path, s in before.items()} | values
   nodes = transforms.low_rank_leaves(new)
   aligned = {
     path: jnp.all(transforms.is_aligned(nodes[path].s))
@@ -650,10 +650,6 @@ def _sigmas(params, paths) -> dict[str, Array]:
   """Sigmas as matrices."""
   nodes = transforms.low_rank_leaves(params)
   return {p: lowrank.matrices(nodes[p])[1] for p in paths}
-
-
-def _diagonal(s: Array) -> Array:
-  return jnp.diagonal(s, axis1=-2, axis2=-1)
 
 
 def _lost(before: Array, after: Array) -> Array:

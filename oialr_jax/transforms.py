@@ -333,7 +333,8 @@ def prune_aligned(
     u, s, vt = lowrank.matrices(node)
     decisive = values[path] if path in values else _diagonal(s)
     parts[path] = u, s, vt, decisive
-  return _rebuilt(params, nodes, linalg.by_shape(prune, parts))
+  pruned = linalg.by_shape(prune, parts, decomposes=False)
+  return _rebuilt(params, nodes, pruned)
 
 
 def compact(
@@ -500,12 +501,12 @@ def live_rank(node: LowRank) -> Array:
 
 def is_aligned(s: Array) -> Array:
   """Whether Sigma `[..., r, r]` is diag(s_1 >= s_2 >= ... >= 0): `[...]`."""
-  values = jnp.diagonal(s, axis1=-2, axis2=-1)
-  eye = jnp.broadcast_to(jnp.eye(s.shape[-1], dtype=s.dtype), s.shape)
-  off_diagonal = s * (1 - eye)
-  falling = jnp.all(values[..., :-1] >= values[..., 1:], axis=-1)
-  diagonal = jnp.all(off_diagonal == 0, axis=(-2, -1))
-  return diagonal & falling & (values[..., -1] >= 0)
+  *batch, r, _ = s.shape
+  # By one reduction: s_i is at least s_{i + 1}, the last at least 0.
+  following = jnp.pad(s[..., 1:, 1:], [(0, 0)] * len(batch) + [(0, 1)] * 2)
+  falling = (s >= following) & (s < jnp.inf)
+  fits = jnp.where(jnp.eye(r, dtype=bool), falling, s == 0)
+  return jnp.all(fits, axis=(-2, -1))
 
 
 def check_basis_dtype(dtype: Any):
@@ -597,8 +598,8 @@ def _decompose(w: Array) -> tuple[Array, Array, Array, Array]:
   """U, S, V^T in float32, and whether the SVD succeeded; by QR where not."""
   w = lowrank.wide(w)
   u, s, vt = linalg.svd(w)
-  ok = _succeeded(u, s, vt)
-  s = jax.vmap(jnp.diag)(s)
+  ok = _succeeded(s)
+  s = linalg.diagonal_matrix(s)
 
   def by_qr():
     # Exact and without iteration: W = Q R, V = I, or the transpose of that.
@@ -625,10 +626,10 @@ def _align(u: Array, s: Array, vt: Array):
   live = lowrank.live(u)
   u, s, vt = _undrifted(u, s, vt)
   pu, sv, pvt = linalg.svd_live(s, live)
-  ok = _succeeded(pu, sv, pvt)
+  ok = _succeeded(sv)
   new = (
     lowrank.matmul(u, pu),
-    jax.vmap(jnp.diag)(sv),
+    linalg.diagonal_matrix(sv),
     lowrank.matmul(pvt, vt),
   )
   keep = lambda x, y: jnp.where(ok[:, None, None], x, y)
@@ -694,7 +695,7 @@ def _undrifted(u, s, vt):
 
 def _orthonormalised(u, s, vt):
   u, left = linalg.qr_live(u)
-  v, right = linalg.qr_live(lowrank.transpose(linalg.after((u, left), vt)))
+  v, right = linalg.qr_live(lowrank.transpose(linalg.after(u, vt)))
   s = lowrank.matmul(lowrank.matmul(left, s), lowrank.transpose(right))
   return u, s, lowrank.transpose(v)
 
@@ -718,8 +719,7 @@ def _diagonal(s: Array) -> Array:
   Of one that is not, since its SVD has failed under a trace, equal ones: none is
   below the others, and it is kept as it was.
   """
-  values = jnp.diagonal(s, axis1=-2, axis2=-1)
-  return jnp.where(is_aligned(s)[:, None], values, 1)
+  return jnp.where(is_aligned(s)[:, None], linalg.diagonal(s), 1)
 
 
 def kept_rank(
@@ -734,9 +734,9 @@ def kept_rank(
   return jnp.minimum(live, kept)
 
 
-def _succeeded(*parts: Array) -> Array:
-  finite = lambda x: jnp.all(jnp.isfinite(x.reshape(x.shape[0], -1)), axis=-1)
-  return functools.reduce(jnp.logical_and, map(finite, parts))
+def _succeeded(values: Array) -> Array:
+  """Whether these are singular values `[b, k]` that were found: `[b]`."""
+  return jnp.all(jnp.isfinite(values), axis=-1)
 
 
 def _assemble(layer, dtype, basis_dtype, u, s, vt, rank) -> LowRank:

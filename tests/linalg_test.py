@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import dlrt
 from oialr_jax import linalg
 from oialr_jax import transforms
 from tests import kernels
@@ -242,45 +243,82 @@ def test_by_shape_of_nothing_is_nothing():
   assert linalg.by_shape(linalg.svd, {}) == {}
 
 
-def _that_wait_for_none(fn, *args):
-  """SVDs and QRs of a program that depend on no other of them."""
-  found = []
-  jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
+def _at_once(fn, *args):
+  """Pairs of the SVDs and QRs of a program, neither of which waits for the other.
+
+  And how many of them the program has.
+  """
+  before = []  # of each, the earlier ones that it waits for
 
   def walk(jaxpr, arguments):
-    of = dict(zip(jaxpr.invars, arguments))
-    depends = lambda v: not hasattr(v, 'val') and of.get(v, False)
+    of = dict(zip(jaxpr.invars, arguments, strict=True))
+    waits = lambda vars: frozenset().union(
+      *(of.get(v, ()) for v in vars if not hasattr(v, 'val'))
+    )
     for eqn in jaxpr.eqns:
-      late = any(map(depends, eqn.invars))
-      inner = eqn.params.get('jaxpr')
+      found = waits(eqn.invars)
+      results = [found] * len(eqn.outvars)
       if eqn.primitive.name in ('svd', 'qr'):
-        found.append(late)
-        late = True
-      elif inner is not None:
+        results = [found | {len(before)}] * len(eqn.outvars)
+        before.append(found)
+      elif eqn.primitive.name == 'cond':
+        arguments = [found] * len(eqn.invars[1:])
+        for branch in eqn.params['branches']:
+          more = walk(branch.jaxpr, arguments)
+          # Its results come together.
+          results = [x.union(*more) for x in results]
+      elif 'jaxpr' in eqn.params:
+        inner = eqn.params['jaxpr']
         inner = getattr(inner, 'jaxpr', inner)
-        results = walk(inner, [depends(v) for v in eqn.invars])
-        of.update(zip(eqn.outvars, results))
-        continue
-      of.update((v, late) for v in eqn.outvars)
-    return [depends(v) for v in jaxpr.outvars]
+        results = walk(inner, [waits([v]) for v in eqn.invars])
+      of.update(zip(eqn.outvars, results, strict=True))
+    return [waits([v]) for v in jaxpr.outvars]
 
-  walk(jaxpr, [False] * len(jaxpr.invars))
-  return found.count(False)
-
-
-def test_svds_of_one_program_are_one_after_the_other():
-  """XLA's CPU runtime can deadlock where two of them run at once."""
-  kernels = {str(n): (jnp.ones((2, n, 3)),) for n in range(3, 9)}
-  both = lambda f: lambda kernels: {k: f(x)[1] for k, (x,) in kernels.items()}
-  assert _that_wait_for_none(both(linalg.svd), kernels) == 6
-  chained = lambda kernels: linalg.by_shape(linalg.svd, kernels)
-  assert _that_wait_for_none(chained, kernels) == 1
+  jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
+  walk(jaxpr, [frozenset()] * len(jaxpr.invars))
+  return sum(i not in x for n, x in enumerate(before) for i in range(n)), len(
+    before
+  )
 
 
 def test_qrs_of_drifted_bases_are_one_after_the_other():
-  """Their work is the same library's, in the same threads."""
   parts = (jnp.ones((1, n, m)) for n, m in ((5, 3), (3, 3), (3, 4)))
-  assert _that_wait_for_none(transforms._orthonormalised, *parts) == 1
+  assert _at_once(transforms._orthonormalised, *parts) == (0, 2)
+
+
+def _parts(*sizes):
+  """U, Sigma and V^T of as many kernels as there are sizes."""
+  return {
+    str(n): (jnp.ones((2, n, 3)), jnp.ones((2, 3, 3)), jnp.ones((2, 3, 4)))
+    for n in sizes
+  }
+
+
+def test_what_waits_for_none_is_seen():
+  apart = lambda parts: {k: linalg.svd(u)[1] for k, (u, _, _) in parts.items()}
+  assert _at_once(apart, _parts(3, 4, 5, 6)) == (6, 4)
+  both = lambda u, v: (jnp.linalg.qr(u), jnp.linalg.qr(v))
+  assert _at_once(both, jnp.ones((5, 3)), jnp.ones((4, 3))) == (1, 2)
+
+
+@pytest.mark.parametrize(
+  'f, count',
+  [
+    pytest.param(lambda u, s, vt: linalg.svd(u), 1, id='svd'),
+    pytest.param(transforms._align, 3, id='update'),
+    pytest.param(
+      lambda u, s, vt: transforms._rotate(u, s, vt, s, s), 2, id='rotation'
+    ),
+    pytest.param(lambda u, s, vt: transforms._decompose(u), 2, id='transition'),
+    pytest.param(
+      lambda u, s, vt: dlrt._augmented(u, s, vt, u, vt), 2, id='dlrt'
+    ),
+  ],
+)
+def test_svds_and_qrs_of_one_program_are_one_after_the_other(f, count):
+  """XLA's CPU runtime can deadlock where two of them run at once."""
+  chained = lambda parts: linalg.by_shape(f, parts)
+  assert _at_once(chained, _parts(5, 6, 7)) == (0, 3 * count)
 
 
 def test_waiting_changes_nothing():
