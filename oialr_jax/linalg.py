@@ -56,14 +56,14 @@ def svd_live(s: Array, live: Array) -> tuple[Array, Array, Array]:
   top = 2 * jnp.linalg.norm(s, axis=(-2, -1), keepdims=True)
   pad = jnp.where(live[:, :, None], 0, jnp.eye(r, dtype=s.dtype)[None])
   u, sv, vt = svd(s + pad * jnp.where(top > 0, top, 1))
-  # Rolled together: the programs of events are small where gathers are few.
-  rows = jnp.concatenate([jnp.swapaxes(u, -1, -2), vt, sv[..., None]], axis=-1)
   order = jnp.arange(r)[None] + r - jnp.sum(live, axis=-1, keepdims=True)
-  keep = (order < r)[..., None]
-  order = jnp.where(order < r, order, order - r)[..., None]
-  rows = jnp.take_along_axis(rows, order, axis=-2, mode='promise_in_bounds')
-  rows = jnp.where(keep, rows, 0)
-  return jnp.swapaxes(rows[..., :r], -1, -2), rows[..., -1], rows[..., r:-1]
+  keep = order < r
+  order = jnp.where(keep, order, order - r)
+  roll = functools.partial(jnp.take_along_axis, mode='promise_in_bounds')
+  u = jnp.where(keep[:, None], roll(u, order[:, None], axis=-1), 0)
+  rows = jnp.concatenate([vt, sv[:, :, None]], axis=-1)
+  rows = jnp.where(keep[..., None], roll(rows, order[..., None], axis=-2), 0)
+  return u, rows[..., -1], rows[..., :-1]
 
 
 def diagonal(s: Array) -> Array:
