@@ -238,7 +238,7 @@ def _turned(old: Array, new: Array) -> Array:
 def _triangle(w: Array):
   tall = w if w.shape[-2] >= w.shape[-1] else lowrank.transpose(w)
   r = jnp.linalg.qr(tall, mode='r')
-  sign = jnp.where(jnp.diagonal(r, axis1=-2, axis2=-1) < 0, -1, 1)
+  sign = jnp.where(linalg.diagonal(r) < 0, -1, 1)
   return (r * sign[..., None].astype(r.dtype),)
 
 
