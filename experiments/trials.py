@@ -90,14 +90,14 @@ class Trials:
             values, state = objective(trial), TrialState.COMPLETE
           except optuna.TrialPruned as e:
             trial.set_user_attr('stopped', str(e))
+        if self._get(trial.number).state == TrialState.WAITING:
+          logging.warning('trial %s was thought dead', trial.number)
+        else:
+          self._study.tell(trial, values, state=state, skip_if_finished=True)
       except optuna.exceptions.UpdateFinishedTrialError:
-        # What the objective notes, too, comes after another worker's result.
+        # What the objective notes, too, comes after another worker's result, and
+        # that may come between the looking and the telling.
         logging.warning('trial %s was done by another', trial.number)
-        continue
-      if self._get(trial.number).state == TrialState.WAITING:
-        logging.warning('trial %s was thought dead', trial.number)
-        continue
-      self._study.tell(trial, values, state=state, skip_if_finished=True)
 
   def _taken(self) -> Iterator[optuna.Trial]:
     """Trials for this worker, one after the other."""

@@ -90,6 +90,23 @@ def test_an_error_leaves_the_trial_to_others(url):
   assert [t.values for t in study(url).trials] == [[0, 0], [0, 1]]
 
 
+def test_a_result_that_comes_between_looking_and_telling_counts(
+  url, monkeypatch
+):
+  worker = search_worker.worker(url, count=1)
+  storage = worker._study._storage
+  note = storage.set_trial_state_values
+
+  def second(trial_id, state, values=None):
+    if state == TrialState.COMPLETE:
+      note(trial_id, state, [7.0, 7.0])  # another worker's
+    return note(trial_id, state, values)
+
+  monkeypatch.setattr(storage, 'set_trial_state_values', second)
+  worker.run(lambda trial: (0.0, 0.0))
+  assert [t.values for t in study(url).trials] == [[7, 7]]
+
+
 def _note(trial):
   trial.set_user_attr('rung 5', [-1.0, 1.0])
 
