@@ -789,6 +789,27 @@ def test_under_jit_a_kernel_that_is_not_finite_spoils_no_other():
     assert np.all(np.isfinite(product)) == (path != 'tall'), path
 
 
+def test_aligned_is_a_falling_diagonal_of_finite_numbers_from_zero_up():
+  off = np.diag([3.0, 2.0, 1.0])
+  off[2, 0] = 1e-30
+  matrices = {
+    'falling': (np.diag([3.0, 2.0, 1.0]), True),
+    'equal and zero': (np.diag([3.0, 3.0, 0.0]), True),
+    'nothing': (np.zeros((3, 3)), True),
+    'rising': (np.diag([3.0, 1.0, 2.0]), False),
+    'negative': (np.diag([3.0, 2.0, -1.0]), False),
+    'off the diagonal': (off, False),
+    'infinite': (np.diag([np.inf, 2.0, 1.0]), False),
+    'unknown': (np.where(np.eye(3), np.nan, 0), False),
+  }
+  s, expected = zip(*matrices.values())
+  s = np.stack(s).astype(np.float32)
+  found = transforms.is_aligned(s)
+  assert dict(zip(matrices, found.tolist())) == dict(zip(matrices, expected))
+  assert transforms.is_aligned(s[:1, :1, :1]).tolist() == [True]
+  np.testing.assert_array_equal(transforms.is_aligned(s[None]), found[None])
+
+
 def _low(**changes):
   params, layer = _single()
   return oialr.to_lowrank(params, [layer]) | changes
