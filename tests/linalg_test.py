@@ -276,9 +276,8 @@ def _at_once(fn, *args):
 
   jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
   walk(jaxpr, [frozenset()] * len(jaxpr.invars))
-  return sum(i not in x for n, x in enumerate(before) for i in range(n)), len(
-    before
-  )
+  pairs = [(i, n) for n in range(len(before)) for i in range(n)]
+  return sum(i not in before[n] for i, n in pairs), len(before)
 
 
 def test_qrs_of_drifted_bases_are_one_after_the_other():
