@@ -6,7 +6,7 @@ The decomposition is LAPACK's or cuSOLVER's; on TPUs, which have neither, it is
 `jacobi.svd`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 import functools
 from typing import Any
 
@@ -141,13 +141,13 @@ def by_shape(
     groups.setdefault(key, []).append(path)
   results, out = {}, None
   for paths in groups.values():
-    joined = [_joined(xs) for xs in zip(*(operands[p] for p in paths))]
+    joined = [jnp.concatenate(xs) for xs in zip(*(operands[p] for p in paths))]
     wait = decomposes and out is not None
     out = f(*(after(out[0], joined) if wait else joined))
     start = 0
     for path in paths:
       stop = start + operands[path][0].shape[0]
-      results[path] = tuple(_part(x, start, stop) for x in out)
+      results[path] = tuple(x[start:stop] for x in out)
       start = stop
   return {path: results[path] for path in operands}
 
@@ -165,14 +165,6 @@ def after(done: PyTree, arrays: PyTree) -> PyTree:
   entry = lambda x: jax.lax.slice(x, [0] * x.ndim, [min(n, 1) for n in x.shape])
   never = sum(jnp.count_nonzero(entry(x)) for x in jax.tree.leaves(done)) < 0
   return jax.tree.map(lambda x: jnp.where(never, 0, x), arrays)
-
-
-def _joined(arrays: Sequence[Array]) -> Array:
-  return jnp.concatenate(arrays) if len(arrays) > 1 else arrays[0]
-
-
-def _part(x: Array, start: int, stop: int) -> Array:
-  return x if stop - start == len(x) else x[start:stop]
 
 
 # An SVD whose algorithm is chosen when a program is lowered for its platform.
