@@ -635,16 +635,18 @@ def interrupted(tmp_path_factory):
   return folder
 
 
-@pytest.mark.parametrize('torn', [0, -1])
+@pytest.mark.parametrize(
+  'torn, by', [(0, b''), (-1, b''), (0, b'\xff'), (-1, b'\xff')]
+)
 def test_a_torn_record_does_not_keep_a_run_from_resuming(
-  tmp_path, often, interrupted, torn
+  tmp_path, often, interrupted, torn, by
 ):
   shutil.copytree(interrupted, tmp_path, dirs_exist_ok=True)
   options = dict(checkpoint_every=5)
   file = tmp_path / 'metrics.jsonl'
-  lines = file.read_text().splitlines()
-  lines[torn] = lines[torn][:20]
-  file.write_text('\n'.join(lines))
+  lines = file.read_bytes().splitlines()
+  lines[torn] = lines[torn][:20] + by  # 0xff is no UTF-8
+  file.write_bytes(b'\n'.join(lines))
   # Interrupted again: what is lost must not cost another one.
   interrupt(tmp_path, 22, resume=True, **options)
   result = fit(tmp_path, resume=True, **options)
@@ -653,3 +655,23 @@ def test_a_torn_record_does_not_keep_a_run_from_resuming(
   assert records == list(result.records)
   lost = len(often.records) - len(records)
   assert lost == (torn >= 0)  # of what is behind the checkpoint, nothing is
+
+
+def test_records_that_are_missing_do_not_keep_a_run_from_resuming(
+  tmp_path, often, interrupted, caplog
+):
+  shutil.copytree(interrupted / 'checkpoints', tmp_path / 'checkpoints')
+  file = tmp_path / 'metrics.jsonl'
+  result = fit(tmp_path, checkpoint_every=5, resume=True)
+  assert f'{file} is missing' in caplog.text
+  jax.tree.map(np.testing.assert_array_equal, result.state, often.state)
+  records = [json.loads(x) for x in file.read_text().splitlines()]
+  assert records == list(result.records)
+  later = lambda run: [r['step'] for r in run.select('eval') if r['step'] > 15]
+  assert later(result) == later(often)
+  assert min(r['step'] for r in records) >= 15
+  # And one that has ended.
+  file.unlink()
+  again = fit(tmp_path, checkpoint_every=5, resume=True)
+  jax.tree.map(np.testing.assert_array_equal, again.state, often.state)
+  assert [r['kind'] for r in again.records][-1] == 'end'

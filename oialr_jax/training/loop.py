@@ -120,7 +120,8 @@ def fit(
       Data that have `set_state` continue where they were, of others the batches
       of the steps that are done are read again. The same arguments give the
       same run as without the interruption, bit for bit on a CPU if compaction
-      is reproducible.
+      is reproducible. Records that metrics.jsonl has lost stay lost, with a
+      warning.
     max_seconds: stop after so many, by the wall clock.
     rollbacks: how often, when the loss is not finite, to go back to the last
       checkpoint and on with the batches behind those that led there.
@@ -461,9 +462,14 @@ def _resume(
 
 
 def _records(file: pathlib.Path, count: int) -> list[recorder_lib.Record]:
-  """The first records of a file, without what a power cut has torn."""
+  """The first records of a file, without what was lost of it."""
+  try:
+    lines = file.read_bytes().splitlines()[:count]
+  except FileNotFoundError:
+    logging.warning('%s is missing: its records are lost', file)
+    return []
   found = []
-  for i, line in enumerate(file.read_text().splitlines()[:count], 1):
+  for i, line in enumerate(lines, 1):
     try:
       found.append(json.loads(line))
     except ValueError:
