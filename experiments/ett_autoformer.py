@@ -123,7 +123,9 @@ def _run(
   epoch, steps = _length(config, len(task.train))
   stop = steps
   if config.stop_epochs is not None:
-    stop = min(steps, max(1, round(config.stop_epochs * epoch)))
+    # Rounded down: after two thirds of an epoch, and not a step behind the
+    # evaluation that is there, for one more of as many minutes.
+    stop = min(steps, max(1, int(config.stop_epochs * epoch)))
   callbacks = ()
   if config.patience:
     callbacks = (training.EarlyStopping('val_mse', config.patience),)

@@ -221,6 +221,20 @@ def test_evaluations_within_an_epoch_change_no_other(folder, whole, tmp_path):
   assert last == whole[0][0]['epochs'][0]
 
 
+@pytest.mark.parametrize('batch_size', [2100, 1700])  # 4 and 5 steps an epoch
+def test_a_run_of_two_thirds_is_evaluated_twice(folder, tmp_path, batch_size):
+  (row,) = run(
+    folder,
+    tmp_path,
+    '--config.methods=dense',
+    f'--config.batch_size={batch_size}',
+    '--config.stop_epochs=0.6667',
+    '--config.eval_epochs=0.3333',
+  )
+  assert len(row['epochs']) == 2
+  assert row['epochs'][-1]['epoch'] == row['steps'] / (8629 // batch_size)
+
+
 def test_without_resume_everything_is_begun_anew(folder, whole, tmp_path):
   (tmp_path / 'result.json').write_text('{"rows": [{}]}')
   (tmp_path / 'config.json').write_text('{}')
