@@ -11,9 +11,9 @@ Hardware and minutes: on one CPU core 90 for the dense run of the variant `cpu`,
 two thirds of an epoch at horizon 192; on a GPU not measured.
 Expected: at horizon 192, seeds 0 to 2, dense test MSE 0.274, 0.269 and 0.273
 (published: 0.274), OIALR 0.269, 0.269 and 0.272 with 3 % trainable (published:
-0.268); seed 0, at 96 dense 0.220 and OIALR 0.214, at 720 0.417 and 0.414
-(published for 720: 0.420, both); others not measured here. With loss='mae', which
-is not the published one, at 192 and seeds 0 to 2, a mean of 0.267 with both.
+0.268); seed 0, at 96 dense 0.220 and OIALR 0.214, at 336 0.327 and 0.323, at 720
+0.417 and 0.414 (published for 720: 0.420, both). With loss='mae', which is not
+the published one, at 192 and seeds 0 to 2, a mean of 0.267 with both.
 
 Delay, frequency and cutoff are not published. The cutoff is the best at horizon
 192 on validation data of those from 0.5 to 0.8 with a transition after 100 steps:
