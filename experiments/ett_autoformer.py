@@ -123,8 +123,8 @@ def _run(
   epoch, steps = _length(config, len(task.train))
   stop = steps
   if config.stop_epochs is not None:
-    # Rounded down: after two thirds of an epoch, and not a step behind the
-    # evaluation that is there, for one more of as many minutes.
+    # Rounded down: two thirds of an epoch are not to end a step behind their
+    # second evaluation, which would make it a third.
     stop = min(steps, max(1, int(config.stop_epochs * epoch)))
   callbacks = ()
   if config.patience:
